@@ -1,0 +1,92 @@
+"""Adversarial and reconstruction losses as pure functions of tensors; half-precision inputs are reduced in
+float32.
+
+Sources: LSGAN 1611.04076 with a = 0, b = c = 1; vanilla, non-saturating: Goodfellow et al. 2014; hinge: Lim
+and Ye 2017; WGAN 1701.07875; WGAN-GP 1704.00028, equation 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GAN_MODES = ("lsgan", "vanilla", "hinge", "wgan", "wgan-gp")
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _check(mode: str) -> None:
+    if mode not in GAN_MODES:
+        raise ValueError(f"gan_mode must be one of {', '.join(GAN_MODES)}, got {mode}")
+
+
+def generator_gan(fake: Tensor, mode: str) -> Tensor:
+    """What G minimises: D's logits of generated images (any shape) to a scalar; the target is never
+    smoothed."""
+    _check(mode)
+    fake = _full(fake)
+    if mode == "lsgan":
+        return (fake - 1).square().mean()
+    if mode == "vanilla":
+        return F.softplus(-fake).mean()  # -log sigmoid(D(fake)): the non-saturating form
+    return -fake.mean()
+
+
+def discriminator_gan(
+    real: Tensor,
+    fake: Tensor,
+    mode: str,
+    *,
+    real_label: float = 1.0,
+    real_weight: float = 0.5,
+    fake_weight: float = 0.5,
+) -> Tensor:
+    """What D minimises, from its logits of real and of generated images; a scalar.
+
+    Args:
+        real, fake: logits of any shape.
+        mode: one of GAN_MODES; "wgan-gp" is the critic loss without its penalty (`gradient_penalty`).
+        real_label: target of real images for "lsgan" and "vanilla" (one-sided smoothing).
+        real_weight, fake_weight: weights of the two halves; 0.5 each is the usual loss ("wgan": D(fake) -
+            D(real)).
+    """
+    _check(mode)
+    real, fake = _full(real), _full(fake)
+    if mode == "lsgan":
+        halves = (real - real_label).square().mean(), fake.square().mean()
+    elif mode == "vanilla":
+        target = torch.full_like(real, real_label)
+        halves = F.binary_cross_entropy_with_logits(real, target), F.softplus(fake).mean()
+    elif mode == "hinge":
+        halves = F.relu(1 - real).mean(), F.relu(1 + fake).mean()
+    else:
+        # the critic has no 0.5: equal weights give exactly E f(fake) - E f(real)
+        halves = -2 * real.mean(), 2 * fake.mean()
+    return real_weight * halves[0] + fake_weight * halves[1]
+
+
+def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
+    """mean (||grad_x D(x)||_2 - 1)^2 at x drawn evenly between real and fake, one draw per sample;
+    differentiable.
+
+    Args:
+        critic: D, second-order differentiable.
+        real, fake: (N, C, H, W) of one dtype.
+    """
+    mix = torch.rand(real.shape[0], 1, 1, 1, device=real.device, dtype=real.dtype)
+    x = (mix * real + (1 - mix) * fake.to(real.dtype)).detach().requires_grad_()
+    out = critic(x)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    # the norm has no gradient at 0 (a constant critic): clamp under the root instead of shifting the gradient
+    norm = _full(slope).flatten(1).square().sum(1).clamp_min(1e-24).sqrt()
+    return (norm - 1).square().mean()
+
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference of two equal shapes."""
+    return (_full(x) - _full(y)).abs().mean()

@@ -1,0 +1,60 @@
+"""PatchGAN discriminator (Isola et al. 2017, section 3.3): a map of logits, one per patch of the stated
+receptive field.
+
+State-dict keys are those of the original release: `model.N` (NLayerDiscriminator), `net.N` for the 1x1
+PixelGAN.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastgan.layers import Conv2d, norm_act, skip_idle_biases
+
+# receptive field in pixels -> number of convolutions with stride 2
+LAYERS = {16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
+
+
+class PatchDiscriminator(nn.Module):
+    """Image (N, in_channels, H, W) to logits (N, 1, h, w); no sigmoid. 256x256 gives 30x30 at receptive field
+    70.
+
+    Args:
+        in_channels: channels of the image, with those of the condition where there is one.
+        ndf: width of the first layer.
+        receptive_field: 1, 16, 34, 70, 142 or 286 pixels.
+        norm: "instance", "batch" or "none"; never on the first and last layer.
+
+    Raises:
+        ValueError: another receptive field.
+    """
+
+    def __init__(
+        self, in_channels: int, *, ndf: int = 64, receptive_field: int = 70, norm: str = "instance"
+    ) -> None:
+        super().__init__()
+        self.receptive_field = receptive_field
+        bias = norm == "instance"
+        if receptive_field == 1:
+            layers = [Conv2d(in_channels, ndf, 1), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [Conv2d(ndf, 2 * ndf, 1, bias=bias), *norm_act(norm, 2 * ndf, "leaky_relu")]
+            self.net = nn.Sequential(*layers, Conv2d(2 * ndf, 1, 1, bias=bias))
+        elif receptive_field in LAYERS:
+            n = LAYERS[receptive_field]
+            layers = [Conv2d(in_channels, ndf, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+            for k in range(1, n + 1):
+                cin, cout = ndf * min(2 ** (k - 1), 8), ndf * min(2**k, 8)
+                stride = 2 if k < n else 1
+                layers += [Conv2d(cin, cout, 4, stride, 1, bias=bias), *norm_act(norm, cout, "leaky_relu")]
+            self.model = nn.Sequential(*layers, Conv2d(ndf * min(2**n, 8), 1, 4, 1, 1))
+        else:
+            fields = ", ".join(str(f) for f in (1, *LAYERS))
+            raise ValueError(
+                f"PatchDiscriminator: receptive_field must be one of {fields}, got {receptive_field}"
+            )
+        skip_idle_biases(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of x; the smallest side that gives at least one logit is about a third of the receptive
+        field."""
+        return (self.net if self.receptive_field == 1 else self.model)(x)

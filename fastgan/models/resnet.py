@@ -1,0 +1,108 @@
+"""ResNet generator of CycleGAN: 7x7, two stride-2, residual blocks, two transposed, 7x7 (Johnson et al. 2016;
+CycleGAN, appendix 7.2).
+
+State-dict keys are those of the original release: with instance norm and 9 blocks `model.1`, `model.4`,
+`model.7`, `model.{10..18}.conv_block.{1,5}`, `model.19`, `model.22`, `model.26`; a dropout layer moves
+`conv_block.5` to `conv_block.6`. As there, the stride-2 convolutions pad with zeros and only the others
+reflect, and convolutions in front of a norm have a bias only with instance norm.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastgan.layers import (
+    Conv2d,
+    ConvTranspose2d,
+    InstanceNorm2d,
+    ReflectionPad2d,
+    norm_act,
+    skip_idle_biases,
+)
+
+PADDINGS = {"reflect": ReflectionPad2d, "replicate": nn.ReplicationPad2d}
+OUTPUTS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+def _padded_conv(padding: str, cin: int, cout: int, kernel: int, bias: bool) -> list[nn.Module]:
+    half = kernel // 2
+    if padding == "zero":
+        return [Conv2d(cin, cout, kernel, padding=half, bias=bias)]
+    return [PADDINGS[padding](half), Conv2d(cin, cout, kernel, bias=bias)]
+
+
+class ResnetBlock(nn.Module):
+    """x + f(x), f = pad, 3x3, norm, ReLU, [dropout], pad, 3x3, norm; no activation after the add.
+
+    Args:
+        channels: channels in and out.
+        norm: "instance", "batch" or "none".
+        padding: "reflect", "replicate" or "zero".
+        dropout: dropout 0.5 between the two convolutions.
+    """
+
+    def __init__(self, channels: int, *, norm: str, padding: str, dropout: bool) -> None:
+        super().__init__()
+        bias = norm == "instance"
+        layers = _padded_conv(padding, channels, channels, 3, bias) + norm_act(norm, channels, "relu")
+        layers += [nn.Dropout(0.5)] if dropout else []
+        # the place of an activation after the second norm does not exist upstream: only the norm is kept
+        layers += _padded_conv(padding, channels, channels, 3, bias) + norm_act(norm, channels)[:1]
+        self.conv_block = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) in and out."""
+        *body, last = self.conv_block
+        h = x
+        for layer in body:
+            h = layer(h)
+        return last(h, residual=x) if isinstance(last, InstanceNorm2d) else x + last(h)
+
+
+class ResnetGenerator(nn.Module):
+    """Image (N, in_channels, H, W), H and W multiples of 4, to (N, out_channels, H, W) in the range of
+    `output`.
+
+    Args:
+        in_channels, out_channels: any number.
+        ngf: width after the first convolution.
+        blocks: residual blocks at a quarter of the size, 4 * ngf wide.
+        norm: "instance", "batch" or "none".
+        padding: "reflect", "replicate" or "zero", of the 7x7 and the residual convolutions.
+        dropout: dropout 0.5 inside the residual blocks.
+        output: "tanh" for images in [-1, 1], "sigmoid" for [0, 1].
+    """
+
+    multiple = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        ngf: int = 64,
+        blocks: int = 9,
+        norm: str = "instance",
+        padding: str = "reflect",
+        dropout: bool = False,
+        output: str = "tanh",
+    ) -> None:
+        super().__init__()
+        bias = norm == "instance"
+        layers = _padded_conv(padding, in_channels, ngf, 7, bias) + norm_act(norm, ngf, "relu")
+        for width in (ngf, 2 * ngf):
+            layers += [Conv2d(width, 2 * width, 3, 2, 1, bias=bias), *norm_act(norm, 2 * width, "relu")]
+        layers += [ResnetBlock(4 * ngf, norm=norm, padding=padding, dropout=dropout) for _ in range(blocks)]
+        for width in (4 * ngf, 2 * ngf):
+            layers += [ConvTranspose2d(width, width // 2, 3, 2, 1, output_padding=1, bias=bias)]
+            layers += norm_act(norm, width // 2, "relu")
+        layers += _padded_conv(padding, ngf, out_channels, 7, True) + [OUTPUTS[output]()]
+        self.model = nn.Sequential(*layers)
+        skip_idle_biases(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Translate x; ValueError where the size is not a multiple of 4 or below 8 pixels (reflection)."""
+        if x.shape[-1] % 4 or x.shape[-2] % 4:
+            size = tuple(x.shape[-2:])
+            raise ValueError(f"ResnetGenerator: height and width must be multiples of 4, got {size}")
+        return self.model(x)

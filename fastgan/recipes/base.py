@@ -1,0 +1,110 @@
+"""What the trainer needs from a recipe, and the pieces that recipes share.
+
+A recipe is pure: `translate`, `generator_loss` and `discriminator_loss` depend on their arguments and on the
+frozen settings alone, so they can be compiled, captured and compared with a plain-torch twin. Optimisers,
+history pool and logging stay outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from fastgan import losses
+from fastgan.config import Config
+from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator, init_weights
+
+Nets = dict[str, nn.Module]
+Batch = dict[str, Tensor]
+Terms = dict[str, Tensor]
+
+
+class Direction(NamedTuple):
+    """One way through a system: generator `net` turns images of domain `source` into `target`; `back`
+    returns."""
+
+    net: str
+    source: Literal["A", "B"]
+    target: Literal["A", "B"]
+    back: str | None = None
+
+
+class Recipe(Protocol):
+    """One system. Batches hold images (N, C, H, W) under "A" and "B"; fakes are named by the domain they
+    imitate."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    config_class: ClassVar[type[Config]]
+    presets: ClassVar[dict[str, dict[str, Any]]]
+    paired: ClassVar[bool]
+    order: ClassVar[Literal["g-first", "d-first"]]
+    generators: ClassVar[tuple[str, ...]]
+    discriminators: ClassVar[tuple[str, ...]]
+    directions: ClassVar[dict[str, Direction]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    @property
+    def config(self) -> Any:
+        """The frozen settings, of `config_class`."""
+        ...
+
+    def networks(self, channels_a: int, channels_b: int) -> Nets:
+        """Freshly initialised networks by upstream's names."""
+        ...
+
+    def translate(self, nets: Nets, batch: Batch) -> Batch:
+        """Generated images by the domain they imitate."""
+        ...
+
+    def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
+        """What the generators minimise together and its detached terms, already weighted."""
+        ...
+
+    def discriminator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
+        """What the discriminators minimise together and its detached terms; fakes are detached inside."""
+        ...
+
+
+def make_generator(config: Config, cin: int, cout: int) -> nn.Module:
+    """The generator that the settings name, initialised."""
+    net: nn.Module
+    if config.generator == "resnet":
+        net = ResnetGenerator(
+            cin, cout, ngf=config.ngf, blocks=config.blocks, norm=config.norm, padding=config.padding,
+            dropout=config.dropout, output=config.output,
+        )  # fmt: skip
+    else:
+        net = UnetGenerator(
+            cin, cout, levels=config.levels, ngf=config.ngf, norm=config.norm, dropout=config.dropout,
+            skips=config.generator == "unet", output=config.output,
+        )  # fmt: skip
+    init_weights(net, config.init, config.init_gain)
+    return net
+
+
+def make_discriminator(config: Config, cin: int) -> nn.Module:
+    """The discriminator that the settings name, initialised."""
+    net = PatchDiscriminator(cin, ndf=config.ndf, receptive_field=config.patch, norm=config.norm)
+    init_weights(net, config.init, config.init_gain)
+    return net
+
+
+def judge(config: Config, critic: nn.Module, real: Tensor, fake: Tensor, name: str) -> tuple[Tensor, Terms]:
+    """D's loss on real and on detached fakes, in two passes: batch norm must not see both in one batch."""
+    fake = fake.detach()
+    logits_real, logits_fake = critic(real), critic(fake)
+    loss = losses.discriminator_gan(
+        logits_real, logits_fake, config.gan_mode, real_label=config.real_label,
+        real_weight=config.d_real_weight, fake_weight=config.d_fake_weight,
+    )  # fmt: skip
+    if config.gan_mode == "wgan-gp":
+        loss = loss + config.lambda_gp * losses.gradient_penalty(critic, real, fake)
+    terms = {
+        name: loss.detach(),
+        f"{name}_real": logits_real.detach().float().mean(),
+        f"{name}_fake": logits_fake.detach().float().mean(),
+    }
+    return loss, terms

@@ -1,0 +1,93 @@
+"""CycleGAN (Zhu, Park, Isola, Efros 2017, arXiv 1703.10593): two generators, two discriminators, unpaired
+images.
+
+Names are upstream's: G_A translates A to B, and D_A judges images of B. The generators are updated first; the
+discriminators then see, through a history pool, the fakes from before that update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from fastgan import config as settings
+from fastgan import losses
+from fastgan.recipes.base import Batch, Direction, Nets, Terms, judge, make_discriminator, make_generator
+
+
+@dataclass(frozen=True)
+class CycleGANConfig(settings.Config):
+    """Settings of CycleGAN."""
+
+    lambda_A: float = 10.0  # weight of the cycle A -> B -> A
+    lambda_B: float = 10.0  # weight of the cycle B -> A -> B
+    lambda_identity: float = (
+        0.5  # weight of the identity loss, times lambda_A or _B
+    )
+
+
+class CycleGAN:
+    """Settings and pure loss functions; see `fastgan.recipes.base.Recipe`."""
+
+    name: ClassVar[str] = "cyclegan"
+    title: ClassVar[str] = "CycleGAN"
+    config_class: ClassVar[type[settings.Config]] = CycleGANConfig
+    paired: ClassVar[bool] = False
+    order: ClassVar[Literal["g-first", "d-first"]] = "g-first"
+    generators: ClassVar[tuple[str, ...]] = ("G_A", "G_B")
+    discriminators: ClassVar[tuple[str, ...]] = ("D_A", "D_B")
+    directions: ClassVar[dict[str, Direction]] = {
+        "AtoB": Direction("G_A", "A", "B", "G_B"),
+        "BtoA": Direction("G_B", "B", "A", "G_A"),
+    }
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        # section 7.2 of the paper: 6 blocks for 128-pixel images
+        "small": {"blocks": 6, "load_size": 143, "crop_size": 128},
+        # instance norm would remove the colour that fills an image, so the digits use batch norm
+        "digits": {
+            "norm": "batch", "ngf": 32, "ndf": 32, "blocks": 6, "batch_size": 16, "lr": 4e-4, "lambda_identity": 0.0,
+            "load_size": 32, "crop_size": 32, "flip": False, "patch": 34, "epochs": 20, "epochs_decay": 12,
+            "log_every": 25, "sample_every": 200, "save_every": 200,
+        },
+    }  # fmt: skip
+
+    def __init__(self, config: CycleGANConfig) -> None:
+        self.config = config
+
+    def networks(self, channels_a: int, channels_b: int) -> Nets:
+        """G_A (A to B), G_B (B to A), D_A (judges B), D_B (judges A)."""
+        c = self.config
+        return {
+            "G_A": make_generator(c, channels_a, channels_b),
+            "G_B": make_generator(c, channels_b, channels_a),
+            "D_A": make_discriminator(c, channels_b),
+            "D_B": make_discriminator(c, channels_a),
+        }
+
+    def translate(self, nets: Nets, batch: Batch) -> Batch:
+        """{"B": G_A(A), "A": G_B(B)}."""
+        return {"B": nets["G_A"](batch["A"]), "A": nets["G_B"](batch["B"])}
+
+    def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
+        """Adversarial, cycle and identity losses of both generators (equations 1 to 3 and section 5.2)."""
+        c, real_a, real_b = self.config, batch["A"], batch["B"]
+        terms = {
+            "G_A": losses.generator_gan(nets["D_A"](fakes["B"]), c.gan_mode),
+            "G_B": losses.generator_gan(nets["D_B"](fakes["A"]), c.gan_mode),
+            "cycle_A": c.lambda_A * losses.l1(nets["G_B"](fakes["B"]), real_a),
+            "cycle_B": c.lambda_B * losses.l1(nets["G_A"](fakes["A"]), real_b),
+        }
+        if c.lambda_identity > 0:
+            # G_A on B should change nothing: it needs as many channels in as out
+            terms["idt_A"] = c.lambda_identity * c.lambda_B * losses.l1(nets["G_A"](real_b), real_b)
+            terms["idt_B"] = c.lambda_identity * c.lambda_A * losses.l1(nets["G_B"](real_a), real_a)
+        return sum(terms.values(), start=real_a.new_zeros(())), {k: v.detach() for k, v in terms.items()}
+
+    def discriminator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
+        """Both discriminators; their parameters are disjoint, so the sum has the gradients of each alone."""
+        loss_a, terms_a = judge(self.config, nets["D_A"], batch["B"], fakes["B"], "D_A")
+        loss_b, terms_b = judge(self.config, nets["D_B"], batch["A"], fakes["A"], "D_B")
+        return loss_a + loss_b, terms_a | terms_b

@@ -1,0 +1,86 @@
+"""pix2pix (Isola, Zhu, Zhou, Efros 2017, arXiv 1611.07004): one generator, a discriminator of (input, output)
+pairs.
+
+The discriminator is updated first; the generator then uses the same fakes and the updated discriminator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastgan import config as settings
+from fastgan import losses
+from fastgan.recipes.base import Batch, Direction, Nets, Terms, judge, make_discriminator, make_generator
+
+
+@dataclass(frozen=True)
+class Pix2PixConfig(settings.Config):
+    """Settings of pix2pix; where they differ from CycleGAN's they are upstream's."""
+
+    generator: Literal["resnet", "unet", "encdec"] = "unet"  # network of the generator
+    norm: Literal["instance", "batch", "none"] = "batch"  # normalisation of both networks
+    dropout: bool = True  # dropout in the generator, the only noise of this system
+    gan_mode: Literal["lsgan", "vanilla", "hinge", "wgan", "wgan-gp"] = "vanilla"  # adversarial loss
+    pool_size: int = 0  # history of generated images that D is shown
+    lambda_L1: float = 100.0  # weight of the L1 distance to the true image
+
+
+class Pix2Pix:
+    """Settings and pure loss functions; see `fastgan.recipes.base.Recipe`."""
+
+    name: ClassVar[str] = "pix2pix"
+    title: ClassVar[str] = "pix2pix"
+    config_class: ClassVar[type[settings.Config]] = Pix2PixConfig
+    paired: ClassVar[bool] = True
+    order: ClassVar[Literal["g-first", "d-first"]] = "d-first"
+    generators: ClassVar[tuple[str, ...]] = ("G",)
+    discriminators: ClassVar[tuple[str, ...]] = ("D",)
+    directions: ClassVar[dict[str, Direction]] = {"AtoB": Direction("G", "A", "B")}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        # section 6.2 of the paper: batch 4 and no jitter for the large edge sets
+        "edges": {
+            "batch_size": 4, "epochs": 15, "epochs_decay": 0, "lr_policy": "constant", "load_size": 256,
+            "flip": False,
+        },
+        "digits": {
+            "levels": 5, "ngf": 32, "ndf": 32, "batch_size": 16, "dropout": False, "load_size": 32, "crop_size": 32,
+            "flip": False, "patch": 34, "epochs": 6, "epochs_decay": 5, "log_every": 25, "sample_every": 200,
+            "save_every": 200,
+        },
+    }  # fmt: skip
+
+    def __init__(self, config: Pix2PixConfig) -> None:
+        self.config = config
+
+    def networks(self, channels_a: int, channels_b: int) -> Nets:
+        """G (A to B) and D (judges A and B stacked along the channels)."""
+        return {
+            "G": make_generator(self.config, channels_a, channels_b),
+            "D": make_discriminator(self.config, channels_a + channels_b),
+        }
+
+    def translate(self, nets: Nets, batch: Batch) -> Batch:
+        """{"B": G(A)}."""
+        return {"B": nets["G"](batch["A"])}
+
+    def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
+        """Adversarial loss of (A, G(A)) and L1 to the true B (equation 4)."""
+        pair = torch.cat([batch["A"], fakes["B"].to(batch["A"].dtype)], 1)
+        terms = {
+            "G_GAN": losses.generator_gan(nets["D"](pair), self.config.gan_mode),
+            "G_L1": self.config.lambda_L1 * losses.l1(fakes["B"], batch["B"]),
+        }
+        return terms["G_GAN"] + terms["G_L1"], {k: v.detach() for k, v in terms.items()}
+
+    def discriminator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
+        """D on the true pair and on the generated one. Fakes from a history pool bring their own A under
+        "A"."""
+        a = batch["A"]
+        real = torch.cat([a, batch["B"]], 1)
+        fake = torch.cat([fakes.get("A", a), fakes["B"].detach().to(a.dtype)], 1)
+        return judge(self.config, nets["D"], real, fake, "D")

@@ -1,0 +1,322 @@
+"""The training loop: data, steps, schedule, log, samples, checkpoints, exact resume and signals.
+
+A run is a folder `<runs>/<name>/`: config.json, log.jsonl, samples/, checkpoints/, cache/, index.html.
+Starting the same command again goes on from the newest checkpoint; batch k and the draws of step k depend on
+k and the seed alone, so 30 steps, a kill and 30 more are the same computation as 60.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgan import __version__, checkpoint
+from fastgan.config import Config, UsageError, changed, flag, read_json, to_json, write_text
+from fastgan.data.dataset import Data, Loader, open_data
+from fastgan.gallery import save_grid, write_page
+from fastgan.monitor import Monitor, expected_balance, nonfinite
+from fastgan.recipes.base import Recipe
+from fastgan.step import Step, lr_factor
+
+SAMPLES = 6
+
+
+class Diverged(RuntimeError):
+    """A loss or a weight is no longer a finite number."""
+
+
+class Interrupted(Exception):
+    """A signal asked the loop to stop; `code` is the exit status."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a `--device` value.
+
+    Raises:
+        UsageError: unknown or absent device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype of a `--precision` value: bfloat16 or None; also sets TF32 for the process."""
+    fast = name in ("auto", "tf32", "bf16")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = fast
+        torch.backends.cudnn.allow_tf32 = fast
+    if name == "auto":
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            # without these instructions a CPU emulates bfloat16, slower than float32
+            has_bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        return torch.bfloat16 if has_bf16 else None
+    return torch.bfloat16 if name == "bf16" else None
+
+
+def seed_everything(config: Config) -> None:
+    """Seed torch and Python, and ask for reproducible algorithms where the settings do."""
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """The folder of a run: `<runs>/<name>`, the name made of recipe and data where none is given."""
+    c = recipe.config
+    return c.runs / (c.name or f"{recipe.name}-{c.data.resolve().name if c.data else 'digits'}")
+
+
+def open_images(recipe: Recipe, run: Path, *, progress: bool) -> Data:
+    """The images of a run, decoded once into its cache folder.
+
+    Raises:
+        DataError: missing, unreadable or unfit images.
+    """
+    c = recipe.config
+    return open_data(
+        c.data, paired=recipe.paired, direction=c.direction, channels=c.channels, channels_b=c.channels_b,
+        preprocess=c.preprocess, load_size=c.load_size, crop_size=c.crop_size, flip=c.flip, serial=c.serial,
+        range_a=c.range_a, range_b=c.range_b, pages=c.pages, max_images=c.max_images, skip_bad=c.skip_bad,
+        cache=run / "cache" if c.data else None, progress=progress,
+    )  # fmt: skip
+
+
+class Trainer:
+    """One run, from its settings to its last checkpoint.
+
+    Args:
+        recipe: the system with its settings.
+
+    Raises:
+        UsageError, DataError, CheckpointError: what the person has to change, before anything is overwritten.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        config = recipe.config
+        self.recipe, self.config = recipe, config
+        self.run = run_folder(recipe)
+        self.device = pick_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._check_earlier_start()
+        self.data = open_images(recipe, self.run, progress=sys.stderr.isatty())
+        self._check_sizes()
+        seed_everything(config)
+        nets = recipe.networks(*self.data.channels)
+        autocast = pick_precision(config.precision, self.device)
+        self.step = Step(recipe, nets, device=self.device, autocast=autocast, compile=config.compile)
+        self.steps_per_epoch = self.data.train.steps_per_epoch(config.batch_size * config.n_critic)
+        self.total = config.steps or (config.epochs + config.epochs_decay) * self.steps_per_epoch
+        self.done = 0
+        self.stopped_by: int | None = None
+
+    def _check_earlier_start(self) -> None:
+        path = self.run / "config.json"
+        if not path.exists():
+            return
+        earlier = read_json(path)
+        if earlier.get("recipe") != self.recipe.name:
+            raise UsageError(f"{self.run} holds a run of {earlier.get('recipe')}: choose another --name")
+        differ = changed(earlier["settings"], to_json(self.config))
+        if differ:
+            was = ", ".join(f"{flag(k)} {earlier['settings'].get(k)}" for k in differ[:4])
+            raise UsageError(
+                f"{self.run} was started with {was}: give the same again to go on, or another --name"
+            )
+
+    def _check_sizes(self) -> None:
+        c, size = self.config, self.config.crop_size
+        multiple = 4 if c.generator == "resnet" else 2**c.levels
+        if c.preprocess.endswith("crop") and size % multiple:
+            why = f"{c.generator} with --levels {c.levels}" if multiple != 4 else "a ResNet"
+            raise UsageError(f"--crop-size {size} must be a multiple of {multiple} for {why}")
+        if getattr(c, "lambda_identity", 0) > 0 and self.data.channels[0] != self.data.channels[1]:
+            a, b = self.data.channels
+            raise UsageError(
+                f"A has {a} channels and B {b}: the identity loss needs equal ones, add --lambda-identity 0"
+            )
+
+    def resume(self) -> None:
+        """Load the newest checkpoint of the run, if there is one."""
+        found = checkpoint.checkpoints(self.run / "checkpoints")
+        if not found:
+            return
+        nets, state, header = checkpoint.load(found[-1])
+        for name, net in self.step.nets.items():
+            checkpoint.load_into(net, nets.get(name, {}), str(found[-1] / f"{name}.safetensors"))
+        for name, net in self.step.ema.items():
+            checkpoint.load_into(net, nets.get(f"{name}_ema", {}), str(found[-1] / f"{name}_ema.safetensors"))
+        self.step.load_state({k: v for k, v in state.items() if not k.startswith("random.")})
+        torch.set_rng_state(state["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in state:
+            torch.cuda.set_rng_state(state["random.cuda"], self.device)
+        self.done = header["step"]
+
+    def save(self) -> Path:
+        """Write a checkpoint of the finished steps."""
+        nets = {name: net.state_dict() for name, net in self.step.nets.items()}
+        nets |= {f"{name}_ema": net.state_dict() for name, net in self.step.ema.items()}
+        state = self.step.state() | {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        header = {"step": self.done, **self._about()}
+        return checkpoint.save(
+            self.run / "checkpoints", self.done, nets, state, header, keep=self.config.keep
+        )
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "fastgan": __version__, "recipe": self.recipe.name, "data": self.data.name,
+            "channels": list(self.data.channels), "ranges": [list(r) for r in self.data.ranges],
+            "dtypes": [str(d) for d in self.data.dtypes], "settings": to_json(self.config),
+        }  # fmt: skip
+
+    def _epoch(self, step: int) -> int:
+        """Epoch of the schedule, 0-based; `--steps` spreads the epochs over that many steps."""
+        epochs = self.config.epochs + self.config.epochs_decay
+        return step * epochs // self.total if self.config.steps else step // self.steps_per_epoch
+
+    def train(self) -> None:
+        """Run to the last step.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+            Diverged: a loss is no longer finite; names the last good checkpoint.
+            CheckpointError: a checkpoint could not be written.
+        """
+        c = self.config
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_text(self.run / "config.json", json.dumps(self._about(), indent=1))
+        balance = expected_balance(c.gan_mode, c.real_label, c.d_real_weight, c.d_fake_weight)
+        monitor = Monitor(
+            self.run, total_steps=self.total, start_step=self.done, batch_size=c.batch_size * c.n_critic,
+            every=c.log_every, tensorboard=c.tensorboard,
+            balance={} if balance is None else dict.fromkeys(self.recipe.discriminators, balance),
+        )  # fmt: skip
+        for text in self.data.notes:
+            monitor.note(text)
+        if self.done:
+            monitor.note(f"resuming {self.run} at step {self.done} of {self.total}")
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        loader = Loader(
+            self.data.train, c.batch_size, seed=c.seed, device=self.device, output_range=c.output,
+            start=self.done * c.n_critic,
+        )  # fmt: skip
+        try:
+            self._loop(monitor, loader)
+        finally:
+            loader.close()
+            monitor.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _loop(self, monitor: Monitor, loader: Loader) -> None:
+        c, batches = self.config, iter(loader)
+        if self.done == 0:
+            self.sample()
+        while self.done < self.total:
+            asked = time.perf_counter()
+            several = [next(batches) for _ in range(c.n_critic)]
+            waited = time.perf_counter() - asked
+            epoch, last = self._epoch(self.done), self.done + 1 == self.total
+            log = (self.done + 1) % c.log_every == 0 or last
+            factor = lr_factor(c, epoch)
+            terms = self.step(several, self.done, factor, watch=log)
+            self.done += 1
+            stop = self.stopped_by is not None
+            save = self.done % c.save_every == 0 or last or stop
+            monitor.tick(self.done, wait=waited)
+            if log or save:
+                self._check_finite(terms)
+            if log:
+                values = {k: float(v) for k, v in terms.items()}
+                rates = {f"lr_{k}": v * factor for k, v in self.step.base_lr.items()}
+                monitor.report(self.done, epoch, values | rates)
+            if self.done % c.sample_every == 0 or last:
+                self.sample()
+            if save:
+                self.save()
+            if self.done % c.sample_every == 0 or last or stop:
+                self.page("finished" if last else "stopped" if stop else "running")
+            if stop and not last:
+                monitor.note(
+                    f"stopped at step {self.done} of {self.total} and saved; the same command goes on"
+                )
+                raise Interrupted(128 + (self.stopped_by or 0))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped_by is not None:
+            raise KeyboardInterrupt  # the second one does not wait for the step
+        self.stopped_by = number
+
+    def _check_finite(self, terms: dict[str, Tensor]) -> None:
+        bad = nonfinite({k: float(v) for k, v in terms.items()})
+        for name, net in self.step.nets.items():
+            norms = torch.stack(torch._foreach_norm([p.detach() for p in net.parameters()]))
+            bad += [] if norms.isfinite().all() else [f"weights of {name}"]
+        if bad:
+            found = checkpoint.checkpoints(self.run / "checkpoints")
+            good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+            raise Diverged(
+                f"{', '.join(bad[:3])} is not finite at step {self.done}; {good}. "
+                "Try a lower --lr, or --precision fp32"
+            )
+
+    @torch.no_grad()
+    def sample(self) -> Path:
+        """Write the grid of fixed test images: input, translation and, with two generators, the way back."""
+        path = self.run / "samples" / f"step_{self.done:08d}.png"
+        nets = {**self.step.nets, **self.step.ema}
+        test, c = self.data.shown, self.config
+        for name in self.recipe.generators:
+            nets[name].eval()
+        columns: dict[str, Tensor] = {}
+        with torch.autocast(self.device.type, self.step.autocast, enabled=self.step.autocast is not None):
+            for way in self.recipe.directions.values():
+                x = test.images(way.source, 0, SAMPLES, device=self.device, output_range=c.output)
+                fake = torch.cat([nets[way.net](image[None]) for image in x])
+                columns |= {way.source: x, f"{way.net}({way.source})": fake}
+                if way.back:
+                    again = torch.cat([nets[way.back](image[None]) for image in fake])
+                    columns[f"{way.back}({way.net}({way.source}))"] = again
+            if self.recipe.paired:
+                columns["true B"] = test.images("B", 0, SAMPLES, device=self.device, output_range=c.output)
+        for name in self.recipe.generators:
+            self.step.nets[name].train()
+        save_grid(path, columns, title=f"{self.run.name}, step {self.done}", output_range=c.output)
+        return path
+
+    def page(self, state: str) -> Path:
+        """Write the run's index.html."""
+        about = {k: v for k, v in self._about().items() if k != "settings"} | to_json(self.config)
+        return write_page(
+            self.run, title=f"{self.recipe.title}: {self.run.name}", settings=about,
+            state=f"{state}, step {self.done} of {self.total}",
+        )  # fmt: skip
