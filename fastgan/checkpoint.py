@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,10 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
         state, about = _read(path), header(path)
     else:
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                # torch remarks on unusual files; whether it could read them is all that matters here
+                warnings.simplefilter("ignore")
+                loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             why = str(error).split("\n")[0]
             raise CheckpointError(

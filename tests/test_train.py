@@ -1,0 +1,324 @@
+"""The command line as a person meets it: a short run, exact resume after a kill, signals, and every kind of
+bad input."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastgan import checkpoint, train
+from fastgan.trainer import Trainer
+
+TINY = [
+    "--ngf",
+    "4",
+    "--ndf",
+    "4",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--log-every",
+    "10",
+]
+CYCLE = ["cyclegan", *TINY, "--blocks", "1", "--patch", "16"]
+PIX = ["pix2pix", *TINY, "--levels", "3", "--patch", "16"]
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 36), seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1] // 4, size[0] // 4, 3), np.uint8)
+    Image.fromarray(noise).resize(size).save(path)
+    return path
+
+
+@pytest.fixture
+def unpaired(tmp_path: Path) -> Path:
+    for i in range(5):
+        picture(tmp_path / f"data/trainA/{i}.png", seed=i)
+    for i in range(3):
+        picture(tmp_path / f"data/trainB/{i}.png", seed=10 + i)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fails(args: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """Run the command, expect its exit code and exactly one line on stderr; return that line."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(args)
+    assert stop.value.code == code
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    return error[0]
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    nets, state, _ = checkpoint.load(checkpoint.checkpoints(run / "checkpoints")[-1])
+    return state | {f"{net}.{key}": value for net, weights in nets.items() for key, value in weights.items()}
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    first, second = tensors(one), tensors(two)
+    assert first.keys() == second.keys()
+    different = [key for key in first if not torch.equal(first[key], second[key])]
+    assert not different
+
+
+def start(args: list[str], cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastgan.train", *args],
+        cwd=cwd,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    limit = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+# dropout and the penalty draw from torch's generator, the pool overflows, crops and mirrors are random: all
+# of it must
+# come back, and so must the averaged generator and the schedule
+RUNS = {
+    "cyclegan": [*CYCLE, "--dropout", "--pool-size", "3", "--ema", "0.9", "--precision", "fp32"],
+    "pix2pix wgan-gp": [
+        *PIX, "--gan-mode", "wgan-gp", "--norm", "instance", "--pool-size", "2", "--n-critic", "2", "--lr-policy", "cosine",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_kill_and_same_command_again_is_the_same_run(name: str, unpaired: Path, in_tmp: Path) -> None:
+    sizes = ["--load-size", "24", "--crop-size", "16"]
+    if name.startswith("pix2pix"):
+        for path in list(unpaired.rglob("[34].png")):
+            path.unlink()
+    args = [*RUNS[name], "--data", "data", *sizes, "--steps", "60", "--save-every", "10", "--keep", "9"]
+    # the same tensors as in one go ...
+    whole = start([*args, "--name", "whole"], in_tmp)
+    assert whole.wait(300) == 0, whole.communicate()[1]
+    # ... after a kill at a moment nobody chose, at least 30 steps in
+    killed = start([*args, "--name", "killed"], in_tmp)
+    wait_for(in_tmp / "runs/killed/checkpoints/step_00000030", killed)
+    killed.kill()
+    assert killed.wait() != 0, "finished before it was killed"
+    done = int(checkpoint.checkpoints(in_tmp / "runs/killed/checkpoints")[-1].name[5:])
+    assert 30 <= done < 60
+    again = start([*args, "--name", "killed"], in_tmp)
+    assert again.wait(300) == 0, again.communicate()[1]
+    assert_same_run(in_tmp / "runs/whole", in_tmp / "runs/killed")
+    logs = [
+        [json.loads(line) for line in (in_tmp / f"runs/{run}/log.jsonl").read_text().splitlines()]
+        for run in ("whole", "killed")
+    ]
+    for one, two in zip(*logs, strict=True):
+        timing = {"time", "img_per_s", "wait_share", "balance", "warnings"}
+        assert {k: v for k, v in one.items() if k not in timing} == {
+            k: v for k, v in two.items() if k not in timing
+        }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_finish_the_step_and_save(number: int, code: int, in_tmp: Path) -> None:
+    process = start([*CYCLE, "--name", "r", "--steps", "100000", "--save-every", "5"], in_tmp)
+    wait_for(in_tmp / "runs/r/checkpoints/step_00000005", process)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert "saved" in error and "Traceback" not in error
+    assert list((in_tmp / "runs/r").glob("index.html"))
+    newest = checkpoint.checkpoints(in_tmp / "runs/r/checkpoints")[-1]
+    assert f"step {int(newest.name[5:])} of" in error
+
+
+def test_a_run_leaves_its_folder_and_nothing_else(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main([*PIX, "--name", "r", "--steps", "3", "--sample-every", "2", "--save-every", "2"])
+    assert "index.html" in capsys.readouterr().out
+    assert [p.name for p in in_tmp.iterdir()] == ["runs"]
+    names = {str(p.relative_to(in_tmp / "runs/r")) for p in (in_tmp / "runs/r").rglob("*") if p.is_file()}
+    steps = {f"samples/step_0000000{k}.png" for k in (0, 2, 3)}
+    files = {f"checkpoints/step_0000000{k}/{f}.safetensors" for k in (2, 3) for f in ("G", "D", "state")}
+    assert {n.replace("\\", "/") for n in names} == {"config.json", "log.jsonl", "index.html", *steps, *files}
+    about = json.loads((in_tmp / "runs/r/config.json").read_text())
+    assert (
+        about["recipe"] == "pix2pix"
+        and about["settings"]["ngf"] == 4
+        and about["ranges"] == [[0, 255], [0, 255]]
+    )
+    # finished: the same command says so and changes nothing
+    train.main([*PIX, "--name", "r", "--steps", "3", "--sample-every", "2", "--save-every", "2"])
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_settings_of_a_started_run_are_kept(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main([*PIX, "--name", "r", "--steps", "2"])
+    before = tensors(in_tmp / "runs/r")
+    assert "--lr 0.0002" in fails([*PIX, "--name", "r", "--steps", "4", "--lr", "1e-3"], capsys)
+    assert "pix2pix" in fails([*CYCLE, "--name", "r"], capsys)
+    assert all(torch.equal(v, before[k]) for k, v in tensors(in_tmp / "runs/r").items())
+
+
+BAD_FLAGS = {
+    "unknown flag": (["--lrr", "1"], "--lr"),
+    "wrong kind": (["--lr", "fast"], "--lr"),
+    "wrong choice": (["--norm", "layer"], "--norm"),
+    "too small": (["--batch-size", "0"], "--batch-size must be at least 1"),
+    "beta": (["--beta1", "1"], "--beta1"),
+    "crop over load": (["--load-size", "100", "--crop-size", "128"], "--crop-size 128"),
+    "range": (["--range-a", "5", "1"], "--range-a"),
+    "name": (["--name", "../x"], "--name"),
+    "preset": (["--preset", "huge"], "--preset huge"),
+    "device": (["--device", "abacus"], "--device abacus"),
+    "nothing to train": (["--epochs", "0", "--epochs-decay", "0"], "--epochs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flag(case: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, said = BAD_FLAGS[case]
+    assert said in fails(["cyclegan", *words], capsys)
+    assert not list(in_tmp.iterdir()), "nothing may be written"
+
+
+def test_unknown_recipe(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cyclegan, pix2pix" in fails(["stylegan"], capsys)
+
+
+def test_missing_and_empty_folder(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere" in fails([*CYCLE, "--data", "nowhere"], capsys)
+    (in_tmp / "empty").mkdir()
+    assert "empty" in fails([*CYCLE, "--data", "empty"], capsys)
+    assert not (in_tmp / "runs").exists()
+
+
+def test_unpaired_counts_in_paired_mode(
+    unpaired: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "(3, 4)" in fails([*PIX, "--data", "data", "--load-size", "24", "--crop-size", "16"], capsys)
+
+
+def test_broken_file_is_named_or_skipped(
+    unpaired: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [*CYCLE, "--data", "data", "--load-size", "24", "--crop-size", "16", "--steps", "2", "--name", "r"]
+    whole = (unpaired / "trainA/1.png").read_bytes()
+    (unpaired / "trainA/1.png").write_bytes(whole[: len(whole) // 2])
+    (unpaired / "trainB/note.jpg").write_text("not an image")
+    error = fails(args, capsys)
+    assert ("1.png" in error or "note.jpg" in error) and "--skip-bad" in error
+    train.main([*args, "--skip-bad"])
+    assert "2" in capsys.readouterr().err
+
+
+def test_image_smaller_than_the_crop(
+    unpaired: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [*CYCLE, "--data", "data", "--preprocess", "crop", "--crop-size", "64"]
+    error = fails(args, capsys)
+    assert "0.png" in error and "64" in error
+
+
+def test_size_that_the_network_does_not_divide(
+    unpaired: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--data", "data", "--load-size", "24"]
+    assert "multiple of 4" in fails([*CYCLE, *sizes, "--crop-size", "18"], capsys)
+    for path in list(unpaired.rglob("[34].png")):
+        path.unlink()
+    assert "multiple of 8" in fails([*PIX, *sizes, "--crop-size", "20"], capsys)
+
+
+def test_channels_that_the_identity_loss_cannot_use(
+    unpaired: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        *CYCLE,
+        "--data",
+        "data",
+        "--load-size",
+        "24",
+        "--crop-size",
+        "16",
+        "--channels",
+        "3",
+        "--channels-b",
+        "1",
+    ]
+    assert "--lambda-identity 0" in fails(args, capsys)
+    train.main([*args, "--lambda-identity", "0", "--steps", "2", "--name", "r"])
+    assert json.loads((in_tmp / "runs/r/config.json").read_text())["channels"] == [3, 1]
+
+
+def test_full_disk_keeps_the_previous_checkpoint(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*PIX, "--name", "r", "--save-every", "2", "--steps", "4"]
+    real, calls = checkpoint.save_file, []
+
+    def full_at_the_second(tensors: object, path: Path, **kwargs: object) -> None:
+        calls.append(path)
+        if len(calls) == 5:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_at_the_second)
+    error = fails(args, capsys)
+    assert "disk full" in error and "step_00000002" in error
+    left = sorted(p.name for p in (in_tmp / "runs/r/checkpoints").iterdir())
+    assert left == ["step_00000002"]
+    # with room again the same command goes on and ends where an undisturbed run ends
+    train.main(args)
+    train.main([*args[:-5], "s", *args[-4:]])
+    assert_same_run(in_tmp / "runs/r", in_tmp / "runs/s")
+
+
+def test_diverging_run_stops_and_names_the_last_good_checkpoint(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*PIX, "--name", "r", "--save-every", "3", "--log-every", "1", "--steps", "9"]
+    real = Trainer.save
+
+    def poison(self: Trainer) -> Path:
+        path = real(self)
+        next(self.step.nets["G"].parameters()).data.fill_(float("nan"))
+        return path
+
+    monkeypatch.setattr(Trainer, "save", poison)
+    error = fails(args, capsys, code=1)
+    assert "not finite at step 4" in error and "step_00000003" in error
+    assert [p.name for p in (in_tmp / "runs/r/checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_wrong_checkpoint_in_a_run_says_what_it_looks_like(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*PIX, "--name", "r", "--steps", "2"])
+    folder = in_tmp / "runs/r/checkpoints/step_00000002"
+    (folder / "G.safetensors").write_bytes((folder / "D.safetensors").read_bytes())
+    error = fails([*PIX, "--name", "r", "--steps", "4"], capsys)
+    assert "G.safetensors" in error and "patchgan" in error and "model.model.0.weight" in error
