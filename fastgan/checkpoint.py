@@ -196,7 +196,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         skips = outer.shape[0] == 2 * inner.shape[0]
         return {
             "network": "unet" if skips else "encdec", "in_channels": inner.shape[1],
-            "out_channels": outer.shape[1], "levels": levels, "ngf": inner.shape[0], "norm": norm("model.model.0"),
+            "out_channels": outer.shape[1], "levels": levels, "ngf": inner.shape[0],
+            "norm": norm("model.model.0"),
         }  # fmt: skip
     blocks = sorted({int(k.split(".")[1]) for k in conv if ".conv_block." in k})
     top = sorted(int(k.split(".")[1]) for k in conv if re.fullmatch(r"model\.\d+", k))

@@ -18,6 +18,7 @@ from fastgan.checkpoint import CheckpointError
 from fastgan.config import Config, UsageError, fail, from_json, parse, read_json, write_text
 from fastgan.data.digits import make_digits
 from fastgan.data.images import DataError
+from fastgan.models import translate_any_size
 from fastgan.recipes import RECIPES
 from fastgan.recipes.base import Nets, Recipe
 from fastgan.trainer import open_images, pick_device
@@ -72,10 +73,12 @@ def measure(recipe: Recipe, nets: Nets, run: Path, device: torch.device) -> dict
         kept = []
         for k in range(count):
             x = test.images(way.source, k, k + 1, device=device, output_range=config.output)
-            fake = nets[way.net](x)
+            fake = translate_any_size(nets[way.net], x)
             found: dict[str, float] = {}
             if way.back:
-                found[f"cycle_l1_{way.source}"] = metrics.l1(unit(nets[way.back](fake)), unit(x))
+                found[f"cycle_l1_{way.source}"] = metrics.l1(
+                    unit(translate_any_size(nets[way.back], fake)), unit(x)
+                )
             elif recipe.paired:
                 true = unit(test.images(way.target, k, k + 1, device=device, output_range=config.output))
                 found |= {"l1": metrics.l1(unit(fake), true), "psnr_db": metrics.psnr(unit(fake), true)}

@@ -62,9 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except (UsageError, DataError, CheckpointError) as error:
         fail(error)
     if trainer.done >= trainer.total:
-        print(
-            f"{trainer.run} is finished ({trainer.done} steps); --epochs or --steps makes it longer, --name starts anew"
-        )
+        print(f"{trainer.run} is finished: more --epochs or --steps go on, another --name starts anew")
         return
     try:
         trainer.train()

@@ -15,15 +15,18 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgan import __version__, checkpoint
 from fastgan.config import Config, UsageError, changed, flag, read_json, to_json, write_text
 from fastgan.data.dataset import Data, Loader, open_data
 from fastgan.gallery import save_grid, write_page
+from fastgan.models import translate_any_size
+from fastgan.models.patchgan import smallest_side
 from fastgan.monitor import Monitor, expected_balance, nonfinite
 from fastgan.recipes.base import Recipe
 from fastgan.step import Step, lr_factor
@@ -108,6 +111,12 @@ def open_images(recipe: Recipe, run: Path, *, progress: bool) -> Data:
     )  # fmt: skip
 
 
+def _stack(images: list[Tensor]) -> Tensor:
+    """Batch of (1, C, H, W) images, those of another size with white at the right and below."""
+    height, width = (max(x.shape[k] for x in images) for k in (2, 3))
+    return torch.cat([F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), value=1.0) for x in images])
+
+
 class Trainer:
     """One run, from its settings to its last checkpoint.
 
@@ -152,11 +161,28 @@ class Trainer:
             )
 
     def _check_sizes(self) -> None:
-        c, size = self.config, self.config.crop_size
+        c = self.config
         multiple = 4 if c.generator == "resnet" else 2**c.levels
-        if c.preprocess.endswith("crop") and size % multiple:
-            why = f"{c.generator} with --levels {c.levels}" if multiple != 4 else "a ResNet"
-            raise UsageError(f"--crop-size {size} must be a multiple of {multiple} for {why}")
+        network = "a ResNet" if c.generator == "resnet" else f"{c.generator} with --levels {c.levels}"
+        least = smallest_side(c.patch)
+        sizes = self.data.train.sizes()
+        for name, height, width in sizes:
+            which = (
+                f"images of {width}x{height} pixels"
+                if self.data.size
+                else f"{name} of {width}x{height} pixels"
+            )
+            if height % multiple or width % multiple:
+                raise UsageError(
+                    f"{which}: {network} needs multiples of {multiple}; "
+                    "change --crop-size, --preprocess or --levels"
+                )
+            if min(height, width) < least:
+                raise UsageError(
+                    f"{which}: --patch {c.patch} needs at least {least}; choose a smaller --patch"
+                )
+        if c.batch_size > 1 and len({size[1:] for size in sizes}) > 1:
+            raise UsageError(f"--preprocess {c.preprocess} leaves images of unequal size: use --batch-size 1")
         if getattr(c, "lambda_identity", 0) > 0 and self.data.channels[0] != self.data.channels[1]:
             a, b = self.data.channels
             raise UsageError(
@@ -222,6 +248,10 @@ class Trainer:
         )  # fmt: skip
         for text in self.data.notes:
             monitor.note(text)
+        if c.gan_mode == "wgan-gp" and c.norm == "batch":
+            monitor.note(
+                "the penalty of wgan-gp is per image, batch norm mixes images: --norm instance suits it"
+            )
         if self.done:
             monitor.note(f"resuming {self.run} at step {self.done} of {self.total}")
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -298,16 +328,23 @@ class Trainer:
         for name in self.recipe.generators:
             nets[name].eval()
         columns: dict[str, Tensor] = {}
+
+        def show(domain: Literal["A", "B"]) -> list[Tensor]:
+            count = min(SAMPLES, test.len_A if domain == "A" else test.len_B)
+            return [
+                test.images(domain, i, i + 1, device=self.device, output_range=c.output) for i in range(count)
+            ]
+
         with torch.autocast(self.device.type, self.step.autocast, enabled=self.step.autocast is not None):
             for way in self.recipe.directions.values():
-                x = test.images(way.source, 0, SAMPLES, device=self.device, output_range=c.output)
-                fake = torch.cat([nets[way.net](image[None]) for image in x])
-                columns |= {way.source: x, f"{way.net}({way.source})": fake}
+                images = show(way.source)
+                fakes = [translate_any_size(nets[way.net], x) for x in images]
+                columns |= {way.source: _stack(images), f"{way.net}({way.source})": _stack(fakes)}
                 if way.back:
-                    again = torch.cat([nets[way.back](image[None]) for image in fake])
-                    columns[f"{way.back}({way.net}({way.source}))"] = again
+                    again = [translate_any_size(nets[way.back], x) for x in fakes]
+                    columns[f"{way.back}({way.net}({way.source}))"] = _stack(again)
             if self.recipe.paired:
-                columns["true B"] = test.images("B", 0, SAMPLES, device=self.device, output_range=c.output)
+                columns["true B"] = _stack(show("B"))
         for name in self.recipe.generators:
             self.step.nets[name].train()
         save_grid(path, columns, title=f"{self.run.name}, step {self.done}", output_range=c.output)

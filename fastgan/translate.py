@@ -12,8 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from tqdm import tqdm
 
 from fastgan import checkpoint
@@ -22,7 +21,7 @@ from fastgan.config import UsageError, fail, parse
 from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_tensor
 from fastgan.data.images import DataError, list_images, read_images, type_range, write_image
 from fastgan.layers import place
-from fastgan.models import build
+from fastgan.models import build, translate_any_size
 from fastgan.recipes import RECIPES
 from fastgan.trainer import pick_device, pick_precision
 
@@ -72,18 +71,6 @@ class Generator:
         return from_tensor(y, range_out, dtype_out, output_range=self.output)[0]
 
 
-def translate_any_size(net: nn.Module, x: Tensor) -> Tensor:
-    """Apply a generator to (N, C, H, W) of any size: pad bottom and right to what it divides, crop back."""
-    multiple = int(getattr(net, "multiple", 1))
-    h, w = x.shape[-2:]
-    # a ResNet reflects one pixel at a quarter of the size: below 8 pixels there is nothing to reflect
-    need = [max(-(-s // multiple) * multiple, min(8, 2 * multiple)) - s for s in (h, w)]
-    if any(need):
-        mode = "reflect" if need[0] < h and need[1] < w else "replicate"
-        x = F.pad(x, (0, need[1], 0, need[0]), mode=mode)
-    return net(x)[..., :h, :w]
-
-
 def load_generator(
     path: Path | str,
     direction: Literal["AtoB", "BtoA"] | None = None,
@@ -129,7 +116,8 @@ def load_generator(
     dtypes = [np.dtype(d) for d in header.get("dtypes", ["uint8", "uint8"])]
     return Generator(
         net, (found["in_channels"], found["out_channels"]), (ranges[ends[0]], ranges[ends[1]]),
-        (dtypes[ends[0]], dtypes[ends[1]]), extra["output"], where, pick_precision(precision, where), str(path),
+        (dtypes[ends[0]], dtypes[ends[1]]), extra["output"], where, pick_precision(precision, where),
+        str(path),
     )  # fmt: skip
 
 

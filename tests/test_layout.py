@@ -26,10 +26,10 @@ MAY_IMPORT = {
     "models": {"layers"},
     "recipes": {"config", "losses", "models"},
     "step": {"config", "data", "layers", "recipes"},
-    "trainer": {"", *LEAVES, "recipes", "step"},
+    "trainer": {"", *LEAVES, "models", "recipes", "step"},
     "train": {*LEAVES, "recipes", "trainer"},
     "translate": {*LEAVES, "layers", "models", "recipes", "trainer"},
-    "evaluate": {*LEAVES, "recipes", "trainer"},
+    "evaluate": {*LEAVES, "models", "recipes", "trainer"},
 }
 
 
@@ -104,7 +104,8 @@ def test_a_recipe_has_one_name_everywhere(name: str) -> None:
 def test_files_stay_small_and_documented(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 500
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), "a module starts with what it is"
+    if path.relative_to(ROOT).parts[0] != "tests":
+        assert ast.get_docstring(ast.parse(text)), "a module starts with what it is"
 
 
 def test_public_names() -> None:

@@ -105,7 +105,8 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
 RUNS = {
     "cyclegan": [*CYCLE, "--dropout", "--pool-size", "3", "--ema", "0.9", "--precision", "fp32"],
     "pix2pix wgan-gp": [
-        *PIX, "--gan-mode", "wgan-gp", "--norm", "instance", "--pool-size", "2", "--n-critic", "2", "--lr-policy", "cosine",
+        *PIX, "--gan-mode", "wgan-gp", "--norm", "instance", "--pool-size", "2", "--n-critic", "2",
+        "--lr-policy", "cosine",
     ],
 }  # fmt: skip
 
@@ -246,10 +247,21 @@ def test_size_that_the_network_does_not_divide(
     unpaired: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["--data", "data", "--load-size", "24"]
-    assert "multiple of 4" in fails([*CYCLE, *sizes, "--crop-size", "18"], capsys)
+    assert "multiples of 4" in fails([*CYCLE, *sizes, "--crop-size", "18"], capsys)
+    assert "--patch 70" in fails([*CYCLE, *sizes, "--crop-size", "20", "--patch", "70"], capsys)
     for path in list(unpaired.rglob("[34].png")):
         path.unlink()
-    assert "multiple of 8" in fails([*PIX, *sizes, "--crop-size", "20"], capsys)
+    assert "multiples of 8" in fails([*PIX, *sizes, "--crop-size", "20"], capsys)
+
+
+def test_whole_images_of_unequal_size(
+    unpaired: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(unpaired / "trainA/wide.png", (64, 40))
+    args = [*CYCLE, "--data", "data", "--preprocess", "none", "--steps", "9", "--name", "r"]
+    assert "--batch-size 1" in fails(args, capsys)
+    train.main([*args, "--batch-size", "1"])
+    assert (in_tmp / "runs/r/samples/step_00000009.png").is_file()
 
 
 def test_channels_that_the_identity_loss_cannot_use(

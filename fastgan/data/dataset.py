@@ -85,6 +85,15 @@ class Split:
         """Return how many batches hold as many images as the larger domain, rounded up."""
         return math.ceil(max(self.len_A, self.len_B) / batch_size)
 
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """Return name, height and width of every image as a training batch holds it (names are those of A and
+        B)."""
+        found = []
+        for store in self._stores:
+            for name, (_, height, width) in zip(store.names, store.index.tolist()):
+                found.append((name, self._crop or height, self._crop or width))
+        return found
+
     def batch(
         self,
         k: int,

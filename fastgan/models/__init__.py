@@ -3,14 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastgan.models.init import init_weights
 from fastgan.models.patchgan import PatchDiscriminator
 from fastgan.models.resnet import ResnetGenerator
 from fastgan.models.unet import UnetGenerator
 
-__all__ = ["PatchDiscriminator", "ResnetGenerator", "UnetGenerator", "build", "init_weights"]
+__all__ = [
+    "PatchDiscriminator",
+    "ResnetGenerator",
+    "UnetGenerator",
+    "build",
+    "init_weights",
+    "translate_any_size",
+]
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
@@ -28,3 +36,15 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     if kind == "patchgan":
         return PatchDiscriminator(**kwargs)
     raise ValueError(f"build: network must be resnet, unet, encdec or patchgan, got {kind}")
+
+
+def translate_any_size(net: nn.Module, x: Tensor) -> Tensor:
+    """Apply a generator to (N, C, H, W) of any size: pad bottom and right to what it divides, crop back."""
+    multiple = int(getattr(net, "multiple", 1))
+    h, w = x.shape[-2:]
+    # a ResNet reflects one pixel at a quarter of the size: below 8 pixels there is nothing to reflect
+    need = [max(-(-s // multiple) * multiple, min(8, 2 * multiple)) - s for s in (h, w)]
+    if any(need):
+        mode = "reflect" if need[0] < h and need[1] < w else "replicate"
+        x = F.pad(x, (0, need[1], 0, need[0]), mode=mode)
+    return net(x)[..., :h, :w]

@@ -15,6 +15,12 @@ from fastgan.layers import Conv2d, norm_act, skip_idle_biases
 LAYERS = {16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
 
 
+def smallest_side(receptive_field: int) -> int:
+    """Side in pixels below which a discriminator has no logit to give."""
+    # n halvings, then two convolutions that take one pixel each
+    return 1 if receptive_field == 1 else 3 * 2 ** LAYERS[receptive_field]
+
+
 class PatchDiscriminator(nn.Module):
     """Image (N, in_channels, H, W) to logits (N, 1, h, w); no sigmoid. 256x256 gives 30x30 at receptive field
     70.

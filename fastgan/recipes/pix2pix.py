@@ -48,9 +48,9 @@ class Pix2Pix:
             "flip": False,
         },
         "digits": {
-            "levels": 5, "ngf": 32, "ndf": 32, "batch_size": 16, "dropout": False, "load_size": 32, "crop_size": 32,
-            "flip": False, "patch": 34, "epochs": 6, "epochs_decay": 5, "log_every": 25, "sample_every": 200,
-            "save_every": 200,
+            "levels": 5, "ngf": 32, "ndf": 32, "patch": 34, "dropout": False, "batch_size": 16, "epochs": 6,
+            "epochs_decay": 5, "load_size": 32, "crop_size": 32, "flip": False, "log_every": 25,
+            "sample_every": 200, "save_every": 200,
         },
     }  # fmt: skip
 
