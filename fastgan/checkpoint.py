@@ -201,16 +201,17 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         }  # fmt: skip
     blocks = sorted({int(k.split(".")[1]) for k in conv if ".conv_block." in k})
     top = sorted(int(k.split(".")[1]) for k in conv if re.fullmatch(r"model\.\d+", k))
-    if top and (blocks or conv[f"model.{top[0]}"].shape[-1] == 7):
-        first, last = f"model.{top[0]}", f"model.{top[-1]}"
-        inside = [
-            int(k.split(".")[3]) for k in conv if blocks and k.startswith(f"model.{blocks[0]}.conv_block.")
-        ]
-        gap = max(inside) - min(inside) if inside else 0
+    if top and top[0] == 1:
+        first, last = "model.1", f"model.{top[-1]}"
+        # zero padding has no layer of its own, so the block's first convolution is its first layer
+        start = f"model.{blocks[0]}.conv_block." if blocks else ""
+        inside = [int(k.removeprefix(start)) for k in conv if blocks and k.startswith(start)]
+        zero = inside[:1] == [0]
         return {
             "network": "resnet", "in_channels": conv[first].shape[1], "out_channels": conv[last].shape[0],
             "ngf": conv[first].shape[0], "blocks": len(blocks), "norm": norm(first),
-            "padding": "zero" if top[0] == 0 else "reflect", "dropout": gap == (4 if top[0] == 0 else 5),
+            "padding": "zero" if zero else "reflect",
+            "dropout": bool(blocks) and inside[-1] - inside[0] == (4 if zero else 5),
         }  # fmt: skip
     if "net.0" in conv or "model.0" in conv:
         head = "net" if "net.0" in conv else "model"

@@ -18,10 +18,11 @@ from fastgan.checkpoint import CheckpointError
 from fastgan.config import Config, UsageError, fail, from_json, parse, read_json, write_text
 from fastgan.data.digits import make_digits
 from fastgan.data.images import DataError
+from fastgan.device import pick_device
 from fastgan.models import translate_any_size
 from fastgan.recipes import RECIPES
 from fastgan.recipes.base import Nets, Recipe
-from fastgan.trainer import open_images, pick_device
+from fastgan.trainer import open_images
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ def norm_act(norm: str, channels: int, act: str = "none", slope: float = 0.2) ->
         act: "none", "relu" or "leaky_relu"; with instance norm it runs inside the fused op and its place is
             an Identity. slope: negative slope of "leaky_relu".
     """
+    if norm not in ("instance", "batch", "none"):
+        raise ValueError(f"norm_act: norm must be instance, batch or none, got {norm!r}")
     after = {
         "none": nn.Identity(),
         "relu": nn.ReLU(inplace=True),

@@ -20,6 +20,11 @@ def _full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def mean(x: Tensor) -> Tensor:
+    """Mean of all values, detached."""
+    return _full(x.detach()).mean()
+
+
 def _check(mode: str) -> None:
     if mode not in GAN_MODES:
         raise ValueError(f"gan_mode must be one of {', '.join(GAN_MODES)}, got {mode}")

@@ -55,25 +55,26 @@ def main(args: Sequence[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0 if args else 2)
+    started = False
     try:
-        recipe = make_recipe(args)
-        trainer = Trainer(recipe)
+        trainer = Trainer(make_recipe(args))
         trainer.resume()
-    except (UsageError, DataError, CheckpointError) as error:
-        fail(error)
-    if trainer.done >= trainer.total:
-        print(f"{trainer.run} is finished: more --epochs or --steps go on, another --name starts anew")
-        return
-    try:
+        if trainer.done >= trainer.total:
+            print(f"{trainer.run} is finished: more --epochs or --steps go on, another --name starts anew")
+            return
+        started = True
         trainer.train()
     except Interrupted as stop:
         raise SystemExit(stop.code) from None
     except KeyboardInterrupt:
-        fail("stopped at once; the last checkpoint is what remains", 130)
+        fail("stopped at once: what the last checkpoint holds remains" if started else "stopped", 130)
     except Diverged as error:
         fail(error, 1)
     except (UsageError, DataError, CheckpointError) as error:
         fail(error)
+    except OSError as error:
+        # a full or unwritable disk under the log, a picture or the page
+        fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}; the last checkpoint remains")
     print(f"finished: {trainer.run}/index.html shows the pictures and the curves")
 
 

@@ -8,8 +8,6 @@ k and the seed alone, so 30 steps, a kill and 30 more are the same computation a
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
 import sys
 import time
@@ -22,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import __version__, checkpoint
-from fastgan.config import Config, UsageError, changed, flag, read_json, to_json, write_text
+from fastgan.config import UsageError, changed, flag, read_json, to_json, write_text
 from fastgan.data.dataset import Data, Loader, open_data
+from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
 from fastgan.models import translate_any_size
 from fastgan.models.patchgan import smallest_side
@@ -31,7 +30,8 @@ from fastgan.monitor import Monitor, expected_balance, nonfinite
 from fastgan.recipes.base import Recipe
 from fastgan.step import Step, lr_factor
 
-SAMPLES = 6
+SAMPLES = 6  # test images in a sample picture
+PAGE_SECONDS = 60  # the page follows the curves this often, and every new picture
 
 
 class Diverged(RuntimeError):
@@ -44,50 +44,6 @@ class Interrupted(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a `--device` value.
-
-    Raises:
-        UsageError: unknown or absent device.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of a `--precision` value: bfloat16 or None; also sets TF32 for the process."""
-    fast = name in ("auto", "tf32", "bf16")
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = fast
-        torch.backends.cudnn.allow_tf32 = fast
-    if name == "auto":
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            # without these instructions a CPU emulates bfloat16, slower than float32
-            has_bf16 = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        return torch.bfloat16 if has_bf16 else None
-    return torch.bfloat16 if name == "bf16" else None
-
-
-def seed_everything(config: Config) -> None:
-    """Seed torch and Python, and ask for reproducible algorithms where the settings do."""
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -137,7 +93,7 @@ class Trainer:
         self._check_earlier_start()
         self.data = open_images(recipe, self.run, progress=sys.stderr.isatty())
         self._check_sizes()
-        seed_everything(config)
+        seed_everything(config.seed, deterministic=config.deterministic)
         nets = recipe.networks(*self.data.channels)
         autocast = pick_precision(config.precision, self.device)
         self.step = Step(recipe, nets, device=self.device, autocast=autocast, compile=config.compile)
@@ -238,14 +194,16 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         c = self.config
-        self.run.mkdir(parents=True, exist_ok=True)
-        write_text(self.run / "config.json", json.dumps(self._about(), indent=1))
         balance = expected_balance(c.gan_mode, c.real_label, c.d_real_weight, c.d_fake_weight)
-        monitor = Monitor(
-            self.run, total_steps=self.total, start_step=self.done, batch_size=c.batch_size * c.n_critic,
-            every=c.log_every, tensorboard=c.tensorboard,
-            balance={} if balance is None else dict.fromkeys(self.recipe.discriminators, balance),
-        )  # fmt: skip
+        try:
+            monitor = Monitor(
+                self.run, total_steps=self.total, start_step=self.done, batch_size=c.batch_size * c.n_critic,
+                every=c.log_every, tensorboard=c.tensorboard,
+                balance={} if balance is None else dict.fromkeys(self.recipe.discriminators, balance),
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(f"--tensorboard: {error}") from error
+        write_text(self.run / "config.json", json.dumps(self._about(), indent=1))
         for text in self.data.notes:
             monitor.note(text)
         if c.gan_mode == "wgan-gp" and c.norm == "batch":
@@ -269,8 +227,10 @@ class Trainer:
 
     def _loop(self, monitor: Monitor, loader: Loader) -> None:
         c, batches = self.config, iter(loader)
+        shown = time.monotonic()
         if self.done == 0:
             self.sample()
+            self.page("running")
         while self.done < self.total:
             asked = time.perf_counter()
             several = [next(batches) for _ in range(c.n_critic)]
@@ -293,8 +253,10 @@ class Trainer:
                 self.sample()
             if save:
                 self.save()
-            if self.done % c.sample_every == 0 or last or stop:
+            old = log and time.monotonic() > shown + PAGE_SECONDS
+            if self.done % c.sample_every == 0 or last or stop or old:
                 self.page("finished" if last else "stopped" if stop else "running")
+                shown = time.monotonic()
             if stop and not last:
                 monitor.note(
                     f"stopped at step {self.done} of {self.total} and saved; the same command goes on"

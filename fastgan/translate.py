@@ -20,10 +20,10 @@ from fastgan.checkpoint import CheckpointError
 from fastgan.config import UsageError, fail, parse
 from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_tensor
 from fastgan.data.images import DataError, list_images, read_images, type_range, write_image
+from fastgan.device import pick_device, pick_precision
 from fastgan.layers import place
 from fastgan.models import build, translate_any_size
 from fastgan.recipes import RECIPES
-from fastgan.trainer import pick_device, pick_precision
 
 
 @dataclass(frozen=True)

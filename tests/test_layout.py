@@ -22,14 +22,15 @@ LEAVES = {"checkpoint", "config", "data", "gallery", "losses", "metrics", "monit
 MAY_IMPORT = {
     "__init__": {"models", "recipes", "step"},
     **{leaf: set() for leaf in LEAVES},
+    "device": {"config"},
     "layers": set(),
     "models": {"layers"},
     "recipes": {"config", "losses", "models"},
     "step": {"config", "data", "layers", "recipes"},
-    "trainer": {"", *LEAVES, "models", "recipes", "step"},
+    "trainer": {"", "device", *LEAVES, "models", "recipes", "step"},
     "train": {*LEAVES, "recipes", "trainer"},
-    "translate": {*LEAVES, "layers", "models", "recipes", "trainer"},
-    "evaluate": {*LEAVES, "models", "recipes", "trainer"},
+    "translate": {"device", *LEAVES, "layers", "models", "recipes", "trainer"},
+    "evaluate": {"device", *LEAVES, "models", "recipes", "trainer"},
 }
 
 

@@ -24,11 +24,19 @@ PADDINGS = {"reflect": ReflectionPad2d, "replicate": nn.ReplicationPad2d}
 OUTPUTS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
-def _padded_conv(padding: str, cin: int, cout: int, kernel: int, bias: bool) -> list[nn.Module]:
-    half = kernel // 2
+def output_layer(output: str) -> nn.Module:
+    """The last activation; ValueError for anything but "tanh" and "sigmoid"."""
+    if output not in OUTPUTS:
+        raise ValueError(f"generator: output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+    return OUTPUTS[output]()
+
+
+def _padded_conv(padding: str, channels: int, bias: bool) -> list[nn.Module]:
     if padding == "zero":
-        return [Conv2d(cin, cout, kernel, padding=half, bias=bias)]
-    return [PADDINGS[padding](half), Conv2d(cin, cout, kernel, bias=bias)]
+        return [Conv2d(channels, channels, 3, padding=1, bias=bias)]
+    if padding not in PADDINGS:
+        raise ValueError(f"ResnetBlock: padding must be reflect, replicate or zero, got {padding!r}")
+    return [PADDINGS[padding](1), Conv2d(channels, channels, 3, bias=bias)]
 
 
 class ResnetBlock(nn.Module):
@@ -44,10 +52,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, *, norm: str, padding: str, dropout: bool) -> None:
         super().__init__()
         bias = norm == "instance"
-        layers = _padded_conv(padding, channels, channels, 3, bias) + norm_act(norm, channels, "relu")
+        layers = _padded_conv(padding, channels, bias) + norm_act(norm, channels, "relu")
         layers += [nn.Dropout(0.5)] if dropout else []
         # the place of an activation after the second norm does not exist upstream: only the norm is kept
-        layers += _padded_conv(padding, channels, channels, 3, bias) + norm_act(norm, channels)[:1]
+        layers += _padded_conv(padding, channels, bias) + norm_act(norm, channels)[:1]
         self.conv_block = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ class ResnetGenerator(nn.Module):
         ngf: width after the first convolution.
         blocks: residual blocks at a quarter of the size, 4 * ngf wide.
         norm: "instance", "batch" or "none".
-        padding: "reflect", "replicate" or "zero", of the 7x7 and the residual convolutions.
+        padding: "reflect", "replicate" or "zero", of the residual blocks; the 7x7 layers reflect.
         dropout: dropout 0.5 inside the residual blocks.
         output: "tanh" for images in [-1, 1], "sigmoid" for [0, 1].
     """
@@ -89,14 +97,14 @@ class ResnetGenerator(nn.Module):
     ) -> None:
         super().__init__()
         bias = norm == "instance"
-        layers = _padded_conv(padding, in_channels, ngf, 7, bias) + norm_act(norm, ngf, "relu")
+        layers = [ReflectionPad2d(3), Conv2d(in_channels, ngf, 7, bias=bias), *norm_act(norm, ngf, "relu")]
         for width in (ngf, 2 * ngf):
             layers += [Conv2d(width, 2 * width, 3, 2, 1, bias=bias), *norm_act(norm, 2 * width, "relu")]
         layers += [ResnetBlock(4 * ngf, norm=norm, padding=padding, dropout=dropout) for _ in range(blocks)]
         for width in (4 * ngf, 2 * ngf):
             layers += [ConvTranspose2d(width, width // 2, 3, 2, 1, output_padding=1, bias=bias)]
             layers += norm_act(norm, width // 2, "relu")
-        layers += _padded_conv(padding, ngf, out_channels, 7, True) + [OUTPUTS[output]()]
+        layers += [ReflectionPad2d(3), Conv2d(ngf, out_channels, 7), output_layer(output)]
         self.model = nn.Sequential(*layers)
         skip_idle_biases(self)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.layers import Conv2d, ConvTranspose2d, norm_act, skip_idle_biases
-from fastgan.models.resnet import OUTPUTS
+from fastgan.models.resnet import output_layer
 
 
 class UnetBlock(nn.Module):
@@ -52,7 +52,7 @@ class UnetBlock(nn.Module):
         head: list[nn.Module] = [] if outermost else [nn.LeakyReLU(0.2)]
         middle = [*norm_act(norm, inner)[:1]] if inside is not None and not outermost else []
         inner_level: list[nn.Module] = [] if inside is None else [inside]
-        tail = [OUTPUTS[output]()] if outermost else norm_act(norm, outer)[:1]
+        tail = [output_layer(output)] if outermost else norm_act(norm, outer)[:1]
         drop: list[nn.Module] = [nn.Dropout(0.5)] if dropout else []
         # the LeakyReLU must not work in place, its input is the skip; the ReLU may, its input is read by
         # nobody else

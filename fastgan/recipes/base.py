@@ -104,7 +104,7 @@ def judge(config: Config, critic: nn.Module, real: Tensor, fake: Tensor, name: s
         loss = loss + config.lambda_gp * losses.gradient_penalty(critic, real, fake)
     terms = {
         name: loss.detach(),
-        f"{name}_real": logits_real.detach().float().mean(),
-        f"{name}_fake": logits_fake.detach().float().mean(),
+        f"{name}_real": losses.mean(logits_real),
+        f"{name}_fake": losses.mean(logits_fake),
     }
     return loss, terms
