@@ -29,6 +29,7 @@ from tqdm import tqdm
 PATIENCE = 5  # reports in a row before a rule speaks
 PAUSE = 10  # reports before the same warning is shown again
 HISTORY = 60  # reports that are remembered
+WARM_UP = 200  # first steps, in which a fresh D is often worse than a constant verdict
 
 # 4 % of the balance value: an LSGAN discriminator whose verdicts are 0.1 (rms) from its targets, or a vanilla
 # one that is 97 % sure on average; healthy CycleGAN runs stay between 20 and 100 % of it, with single batches
@@ -92,7 +93,7 @@ def _watch_balance(history: Sequence[Mapping[str, Any]], name: str, balance: flo
             f"D wins ({name}): {name} has been below {D_WINS:.0%} of its balance value {seen}, so G learns "
             "little from it; lower --lr-d, or smooth D's target with --real-label 0.9"
         )
-    if min(losses) > G_WINS * balance:
+    if min(losses) > G_WINS * balance and history[-PATIENCE].get("step", math.inf) > WARM_UP:
         yield (
             f"G wins ({name}): {name} has been above {G_WINS:g} times its balance value {seen}, so D is "
             "worse than guessing; raise --lr-d, lower --lr, or try --n-critic 2"

@@ -137,6 +137,27 @@ def test_old_checkpoints_go_and_leftovers_of_a_kill_too(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
 
 
+def test_a_kill_while_writing_leaves_only_whole_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"w": torch.zeros(3)}
+    checkpoint.save(tmp_path, 1, {"G": tensors, "D": tensors}, tensors, {})
+    real, written = checkpoint.save_file, []
+
+    def killed_at_the_second(*args: object, **kwargs: object) -> None:
+        written.append(args)
+        if len(written) == 2:
+            raise SystemExit  # nothing of ours runs after a kill
+        real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(checkpoint, "save_file", killed_at_the_second)
+        checkpoint.save(tmp_path, 2, {"G": tensors, "D": tensors}, tensors, {})
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step_00000001"]
+    checkpoint.save(tmp_path, 2, {"G": tensors, "D": tensors}, tensors, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="could not be saved"):

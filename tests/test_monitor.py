@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fastgan import monitor
-from fastgan.monitor import PATIENCE, PAUSE, Monitor, expected_balance, nonfinite, warnings
+from fastgan.monitor import PATIENCE, PAUSE, WARM_UP, Monitor, expected_balance, nonfinite, warnings
 
 LSGAN = {"D_A": 0.25, "D_B": 0.25}
 
@@ -220,6 +220,13 @@ def test_warnings_are_shown_logged_and_paused(tmp_path):
     # the pause outlives a restart
     drive(tmp_path, 201, 210, {"D_A": 0.001}, total_steps=300, balance=LSGAN)
     assert "warnings" not in read(tmp_path)[-1]
+
+
+def test_a_fresh_discriminator_may_guess_badly():
+    # the first steps of ordinary runs: D's loss several times its balance value
+    reports = [{"step": 10 * k, "D_A": 0.9} for k in range(1, 40)]
+    first = next(k for k in range(len(reports)) if warnings(reports[:k], LSGAN))
+    assert reports[first - PATIENCE]["step"] == WARM_UP + 10
 
 
 def test_report_returns_what_it_showed(tmp_path):

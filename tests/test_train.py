@@ -175,6 +175,17 @@ def test_a_run_leaves_its_folder_and_nothing_else(in_tmp: Path, capsys: pytest.C
     assert "is finished" in capsys.readouterr().out
 
 
+def test_the_schedule_is_spread_over_the_steps_and_ends_above_zero(in_tmp: Path) -> None:
+    train.main(
+        [*PIX, "--name", "r", "--steps", "8", "--epochs", "1", "--epochs-decay", "3", "--log-every", "1"]
+    )
+    lines = [json.loads(line) for line in (in_tmp / "runs/r/log.jsonl").read_text().splitlines()]
+    assert [line["lr_G"] for line in lines] == pytest.approx(
+        [2e-4 * f for f in (1, 1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25)]
+    )
+    assert [line["epoch"] for line in lines] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_settings_of_a_started_run_are_kept(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train.main([*PIX, "--name", "r", "--steps", "2"])
     before = tensors(in_tmp / "runs/r")
