@@ -95,21 +95,23 @@ def reference(
 
 
 def _reference_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    n, c, height, width = x.shape
+    c = x.shape[1]
     # on the CPU, parameters in a half type would make torch keep half-precision statistics for backward
     dtype = torch.float32 if x.is_cpu and x.dtype != torch.float64 else x.dtype
     w = x.new_ones(c, dtype=dtype) if weight is None else weight.to(dtype)
     b = x.new_zeros(c, dtype=dtype) if bias is None else bias.to(dtype)
+    if x.shape[2:] == (1, 1):
+        # xhat is 0; torch would subtract two large numbers, as rstd is 1 / sqrt(eps)
+        y = (x - x) * w.view(1, -1, 1, 1) + b.view(1, -1, 1, 1)
+        return y.to(x.dtype)
     if layout(x) == torch.contiguous_format:
         return torch.group_norm(x.contiguous(), c, w, b, eps)
     x = x.contiguous(memory_format=torch.channels_last)
     # torch's channels_last group norm takes the variance as E[x^2] - E[x]^2 (1 % off at |mean| = 100 std) and
-    # its F.instance_norm loses the layout
-    if n > 1 and c * height * width < 32768:
-        y = torch.group_norm(x.contiguous(), c, w, b, eps)
-        return y.contiguous(memory_format=torch.channels_last)
+    # its F.instance_norm loses the layout. Time over that of F.instance_norm, one CPU thread, ReLU, fwd +
+    # bwd, (4, 256, 64, 64): contiguous 1/2.7 (float32) and 1/1.1 (bfloat16), channels_last 1/6 for both
     samples = [torch.batch_norm(s, w, b, None, None, True, 0.0, eps, False) for s in x.split(1)]
-    return samples[0] if n == 1 else torch.cat(samples)
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 def reference_backward(

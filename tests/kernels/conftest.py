@@ -2,7 +2,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from fastgan_kernels._op import INTERPRET
 
 # in the interpreter the kernels themselves run on the CPU: test_interpreter.py starts these tests there

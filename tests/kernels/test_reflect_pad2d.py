@@ -3,10 +3,9 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from fastgan_kernels import reflect_pad2d
 from fastgan_kernels._op import runs_kernel
+from torch import Tensor
 
 # the package names the function like its module
 module = importlib.import_module("fastgan_kernels.reflect_pad2d")
@@ -48,8 +47,8 @@ def test_matches_reference(shape, pad, dtype, layout, device):
     (dx,) = torch.autograd.grad(y, x, dy)
     assert dx.dtype == dtype
     assert dx.numel() == 0 or dx.is_contiguous(memory_format=layout)
-    # nine terms at most. In half precision, torch's CPU gradient rounds after each of them, and Triton's interpreter
-    # truncates to bfloat16 where a GPU rounds
+    # nine terms at most; in half precision, torch's CPU gradient rounds after each of them, and Triton's
+    # interpreter truncates to bfloat16 where a GPU rounds
     tolerance = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 0.05, torch.float16: 0.005}[dtype]
     torch.testing.assert_close(dx.double(), exact_gradient(x, pad, dy), rtol=0, atol=tolerance)
 
@@ -90,8 +89,8 @@ def test_runs_the_kernel(device, monkeypatch):
 
 def test_non_contiguous_input(device):
     whole = torch.randn(2, 6, 9, 10, device=device)
-    views = [whole[:, ::2, 1:, ::3], whole.transpose(2, 3), whole.contiguous(memory_format=torch.channels_last)[:, :4]]
-    for x in views:
+    nhwc = whole.contiguous(memory_format=torch.channels_last)
+    for x in (whole[:, ::2, 1:, ::3], whole.transpose(2, 3), nhwc[:, :4]):
         x = x.detach().requires_grad_()
         y = reflect_pad2d(x, 2)
         assert torch.equal(y, F.pad(x, (2, 2, 2, 2), mode="reflect"))
@@ -99,6 +98,20 @@ def test_non_contiguous_input(device):
         dy = torch.randn(1, y.shape[1], 1, 1, device=device).expand_as(y)
         (dx,) = torch.autograd.grad(y, x, dy)
         torch.testing.assert_close(dx.double(), exact_gradient(x, 2, dy), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_takes_the_layout_of_x(layout, device):
+    x = image((2, 3, 5, 6), torch.float32, layout, device)
+    y = reflect_pad2d(x, 1)
+    dys = [torch.randn_like(y, memory_format=f) for f in LAYOUTS]
+    for dy in (*dys, torch.randn(2, 3, 8, 7, device=device).transpose(2, 3)):
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        torch.testing.assert_close(dx.double(), exact_gradient(x, 1, dy), rtol=0, atol=2e-6)
+        assert dx.is_contiguous(memory_format=layout)
+        # the op itself, called without the function, follows dy
+        direct = torch.ops.fastgan.reflect_pad2d_backward(dy, (1, 1, 1, 1))
+        torch.testing.assert_close(direct, dx, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -123,7 +136,7 @@ def test_autocast_keeps_the_dtype(device):
     [
         ((3, 4, 4), torch.float32, 1, r"reflect_pad2d: x must be \(N, C, H, W\), got shape \(3, 4, 4\)"),
         ((1, 3, 4, 4), torch.int64, 1, "reflect_pad2d: x must be float16, .*, got torch.int64"),
-        ((1, 3, 4, 5), torch.float32, (0, 0, 4, 0), r"reflect_pad2d: pad must be .* of 4x5, got \(0, 0, 4, 0\)"),
+        ((1, 3, 4, 5), torch.float32, (0, 0, 4, 0), r"reflect_pad2d: pad must be .* 4x5, got \(0, 0, 4, 0\)"),
         ((1, 3, 4, 5), torch.float32, -1, "reflect_pad2d: pad must be .*, got -1"),
         ((1, 3, 4, 5), torch.float32, (1, 1), r"reflect_pad2d: pad must be .*, got \(1, 1\)"),
         ((1, 3, 4, 5), torch.float32, 1.5, "reflect_pad2d: pad must be .*, got 1.5"),
