@@ -140,8 +140,11 @@ class Step:
         rng = np.random.default_rng([self.config.seed, 1, index])
         terms: Terms = {}
         if self.recipe.order == "g-first":
-            fakes = self._translate(batches[0], grad=True)
-            terms |= self._update_generators(batches[0], fakes, watch)
+            # one context for both: autocast keeps the cast weights until its outermost end
+            with self._cast():
+                fakes = self._translate(batches[0], grad=True)
+                loss, terms = self._generator_loss(batches[0], fakes)
+            terms |= self._update_generators(loss, watch)
             terms |= self._update_discriminators(batches[0], fakes, rng, watch)
             for batch in batches[1:]:
                 terms |= self._update_discriminators(batch, self._translate(batch, grad=False), rng, watch)
@@ -149,7 +152,8 @@ class Step:
             for batch in batches:
                 fakes = self._translate(batch, grad=batch is batches[-1])
                 terms |= self._update_discriminators(batch, fakes, rng, watch)
-            terms |= self._update_generators(batches[-1], fakes, watch)
+            loss, found = self._generator_loss(batches[-1], fakes)
+            terms |= found | self._update_generators(loss, watch)
         if watch:
             terms |= self._spread(batches[0 if self.recipe.order == "g-first" else -1], fakes)
         return terms
@@ -158,18 +162,19 @@ class Step:
         with self._cast(), torch.set_grad_enabled(grad):
             return self.recipe.translate(self.nets, batch)
 
-    def _update_generators(self, batch: Batch, fakes: Batch, watch: bool) -> Terms:
+    def _generator_loss(self, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
+        with frozen(self._members(self.recipe.discriminators)), self._cast():
+            return self.recipe.generator_loss(self.nets, batch, fakes)
+
+    def _update_generators(self, loss: Tensor, watch: bool) -> Terms:
         optimizer = self.optimizers["G"]
-        with frozen(self._members(self.recipe.discriminators)):
-            with self._cast():
-                loss, terms = self.recipe.generator_loss(self.nets, batch, fakes)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         optimizer.step()
-        if watch:
-            terms |= {f"grad_{name}": grad_norm(self.nets[name]) for name in self.recipe.generators}
         self._average()
-        return terms
+        if not watch:
+            return {}
+        return {f"grad_{name}": grad_norm(self.nets[name]) for name in self.recipe.generators}
 
     def _update_discriminators(
         self, batch: Batch, fakes: Batch, rng: np.random.Generator, watch: bool

@@ -110,7 +110,8 @@ def _reference_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     # torch's channels_last group norm takes the variance as E[x^2] - E[x]^2 (1 % off at |mean| = 100 std) and
     # its F.instance_norm loses the layout. Time over that of F.instance_norm, one CPU thread, ReLU, fwd +
     # bwd, (4, 256, 64, 64): contiguous 1/2.7 (float32) and 1/1.1 (bfloat16), channels_last 1/6 for both
-    samples = [torch.batch_norm(s, w, b, None, None, True, 0.0, eps, False) for s in x.split(1)]
+    parts = x.split(1) if len(x) > 1 else [x]  # a split of one would still copy its gradient
+    samples = [torch.batch_norm(s, w, b, None, None, True, 0.0, eps, False) for s in parts]
     return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
