@@ -1,3 +1,5 @@
+"""Fixtures of the op benchmarks: the copy ceiling of the device and the timing of one call."""
+
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""One thread per test process: the tensors here are small, and threads that wait for a busy core wait long."""
+"""One thread per test process: tensors here are small, and threads that wait for a busy core wait long."""
 
 import torch
 
