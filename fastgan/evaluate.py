@@ -16,12 +16,13 @@ from torch import Tensor
 from fastgan import checkpoint, metrics
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import Config, UsageError, fail, from_json, parse, read_json, write_text
+from fastgan.data.dataset import Data
 from fastgan.data.digits import make_digits
 from fastgan.data.images import DataError
 from fastgan.device import pick_device
 from fastgan.models import translate_any_size
 from fastgan.recipes import RECIPES
-from fastgan.recipes.base import Nets, Recipe
+from fastgan.recipes.base import Direction, Nets, Recipe
 from fastgan.trainer import open_images
 
 
@@ -56,56 +57,59 @@ def load_run(run: Path, device: torch.device) -> tuple[Recipe, Nets, int]:
     return recipe, {name: nets[name].to(device).eval() for name in recipe.generators}, header["step"]
 
 
-@torch.inference_mode()
-def measure(recipe: Recipe, nets: Nets, run: Path, device: torch.device) -> dict[str, float]:
-    """All measures that the run's data allow; images in 0..1, one network evaluation per image."""
+def measure(recipe: Recipe, nets: Nets, data: Data, device: torch.device) -> dict[str, float]:
+    """All measures that the images allow, in 0..1, each image translated alone."""
     config: Config = recipe.config
-    test = open_images(recipe, run, progress=False).shown
-    scale = (2.0, 1.0) if config.output == "tanh" else (1.0, 0.0)
-
-    def unit(x: Tensor) -> Tensor:
-        return ((x.float() + scale[1]) / scale[0]).cpu()
-
     out: dict[str, float] = {}
-    fakes: dict[str, Tensor] = {}
     for way in recipe.directions.values():
-        count = test.len_A if way.source == "A" else test.len_B
         sums: dict[str, float] = {}
         kept = []
+        count = data.shown.len_A if way.source == "A" else data.shown.len_B
         for k in range(count):
-            x = test.images(way.source, k, k + 1, device=device, output_range=config.output)
-            fake = translate_any_size(nets[way.net], x)
+            x = data.shown.images(way.source, k, k + 1, device=device, output_range=config.output)
+            fake, again = _translated(nets, way, x)
             found: dict[str, float] = {}
-            if way.back:
-                found[f"cycle_l1_{way.source}"] = metrics.l1(
-                    unit(translate_any_size(nets[way.back], fake)), unit(x)
-                )
-            elif recipe.paired:
-                true = unit(test.images(way.target, k, k + 1, device=device, output_range=config.output))
-                found |= {"l1": metrics.l1(unit(fake), true), "psnr_db": metrics.psnr(unit(fake), true)}
+            if again is not None:
+                found[f"cycle_l1_{way.source}"] = metrics.l1(_unit(again, config), _unit(x, config))
+            if recipe.paired:
+                true = data.shown.images(way.target, k, k + 1, output_range=config.output)
+                found["l1"] = metrics.l1(_unit(fake, config), _unit(true, config))
+                found["psnr_db"] = metrics.psnr(_unit(fake, config), _unit(true, config))
             sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
-            if config.data is None:
-                kept.append(unit(fake))
+            kept += [_unit(fake, config)] if config.data is None else []
         out |= {key: value / count for key, value in sums.items()}
-        if kept:
-            fakes[way.target] = torch.cat(kept)
-    if config.data is None and config.direction == "AtoB":
-        with torch.inference_mode(False):
-            out |= _digits(recipe, fakes["B"])
+        if kept and way.target == "B" and config.direction == "AtoB":
+            out |= _digits(recipe, data, torch.cat(kept))
     return out
 
 
-def _digits(recipe: Recipe, fake_b: Tensor) -> dict[str, float]:
+@torch.no_grad()
+def _translated(nets: Nets, way: Direction, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    fake = translate_any_size(nets[way.net], x)
+    return fake, translate_any_size(nets[way.back], fake) if way.back else None
+
+
+def _unit(x: Tensor, config: Config) -> Tensor:
+    return (x.float() / 2 + 0.5 if config.output == "tanh" else x.float()).cpu()
+
+
+def _digits(recipe: Recipe, data: Data, fake_b: Tensor) -> dict[str, float]:
+    """What a classifier trained on real B reads in the translations, and how white their ground is."""
+    config: Config = recipe.config
     train, test = (make_digits(split, paired=recipe.paired) for split in ("train", "test"))
-
-    def tensor(x: object) -> Tensor:
-        return torch.as_tensor(x).permute(0, 3, 1, 2).float() / 255
-
-    reader = metrics.train_classifier(tensor(train.B), torch.as_tensor(train.labels_B))
+    real, held_out = (
+        _unit(split.images("B", 0, split.len_B, output_range=config.output), config)
+        for split in (data.train, data.test)
+    )
+    # --max-images takes the first ones
+    reader = metrics.train_classifier(real, torch.from_numpy(train.labels_B)[: len(real)])
+    labels_a, labels_b = torch.from_numpy(test.labels_A), torch.from_numpy(test.labels_B)
     return {
-        "digit_accuracy_real_B": metrics.accuracy(reader, tensor(test.B), torch.as_tensor(test.labels_B)),
-        "digit_accuracy_fake_B": metrics.accuracy(reader, fake_b.clone(), torch.as_tensor(test.labels_A)),
-        "background_distance": metrics.background_distance(fake_b, torch.as_tensor(test.ink_A)),
+        "digit_accuracy_real_B": metrics.accuracy(reader, held_out, labels_b[: len(held_out)]),
+        "digit_accuracy_fake_B": metrics.accuracy(reader, fake_b, labels_a[: len(fake_b)]),
+        "background_distance": metrics.background_distance(
+            fake_b, torch.from_numpy(test.ink_A)[: len(fake_b)]
+        ),
     }
 
 
@@ -115,11 +119,12 @@ def main(args: Sequence[str] | None = None) -> None:
         given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.evaluate")
         device = pick_device(given.device)
         recipe, nets, step = load_run(given.run, device)
-        found = measure(recipe, nets, given.run, device)
+        data = open_images(recipe, given.run, progress=sys.stderr.isatty())
+        found = measure(recipe, nets, data, device)
     except (UsageError, DataError, CheckpointError) as error:
         fail(error)
     write_text(given.run / "evaluation.json", json.dumps({"step": step, **found}, indent=1))
-    print(f"{given.run}, step {step}, held-out images")
+    print(f"{given.run}, step {step}, {'test' if data.shown is data.test else 'training'} images")
     for key, value in found.items():
         print(f"  {key:24} {value:.4f}")
 

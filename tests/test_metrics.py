@@ -54,6 +54,33 @@ def test_evaluate_prints_and_writes(
     assert all(f"{key:24} {value:.4f}" in printed for key, value in found.items())
 
 
+def test_evaluate_of_few_grey_digits_and_the_other_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "--ngf",
+        "4",
+        "--ndf",
+        "4",
+        "--levels",
+        "3",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--max-images",
+        "40",
+    ]
+    train.main(["pix2pix", *small, "--channels", "1", "--name", "grey"])
+    train.main(["pix2pix", *small, "--direction", "BtoA", "--name", "back"])
+    evaluate.main(["runs/grey"])
+    assert "background_distance" in capsys.readouterr().out
+    evaluate.main(["runs/back"])
+    printed = capsys.readouterr().out
+    assert "psnr_db" in printed and "digit" not in printed
+
+
 def test_evaluate_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(tmp_path)])
