@@ -65,8 +65,11 @@ class Conv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if self.idle_bias else bias
         plain = self.stride == self.dilation == (1, 1) and self.padding == (0, 0) and self.groups == 1
-        if plain and input.device.type == "cpu" and self.out_channels <= 4 and self.kernel_size[1] > 4:
-            return _narrow_conv(input, weight, bias)
+        if plain and input.device.type == "cpu" and self.kernel_size[1] > 4:
+            if self.out_channels <= 4:
+                return _narrow_conv(input, weight, bias)
+            if self.in_channels <= 4 and input.requires_grad:
+                return _shallow_conv(input, weight, bias)
         return super()._conv_forward(input, weight, bias)
 
 
@@ -82,6 +85,19 @@ def _narrow_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # a convolution by the identity adds the columns in float32, whatever the dtype of x
     shift = torch.eye(width, dtype=columns.dtype, device=x.device).view(1, width, 1, width)
     return F.conv2d(columns, shift.repeat(outputs, 1, 1, 1), bias, groups=outputs)
+
+
+def _shallow_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution with few inputs: a channel per column of taps, then kh x 1.
+
+    At 3 -> 64 channels, 7x7, 128x128, bf16 on two Zen 4 cores 2.1 times as fast backward, where the input needs
+    a gradient, and equal forward.
+    """
+    outputs, inputs, height, width = weight.shape
+    side = x.shape[3] - width + 1
+    columns = torch.cat([x[..., k : k + side] for k in range(width)], 1)
+    tall = weight.permute(0, 3, 1, 2).reshape(outputs, width * inputs, height, 1)
+    return F.conv2d(columns, tall.contiguous(memory_format=torch.channels_last), bias)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):

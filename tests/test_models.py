@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from fastgan.layers import Conv2d
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
 from tests.reference_systems import ReferenceResnet, ReferenceUnet, reference_discriminator
 
@@ -459,3 +460,24 @@ def test_repr():
 def test_bad_choice_is_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 8), (8, 3), (1, 2), (4, 4), (5, 6)])
+@pytest.mark.parametrize("needs_input_gradient", [True, False])
+def test_wide_convolutions_with_few_channels_are_torch_convolutions(inputs, outputs, needs_input_gradient):
+    # narrow ends are computed another way on a CPU; values, gradients and second order are those of torch
+    torch.manual_seed(0)
+    ours = Conv2d(inputs, outputs, 7).double()
+    theirs = nn.Conv2d(inputs, outputs, 7).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = _images(2, inputs, 9, 12).requires_grad_(needs_input_gradient)
+    dy = _images(2, outputs, 3, 6, seed=2)
+    for net, found in ((ours, seen := []), (theirs, wanted := [])):
+        y = net(x)
+        leaves = [*net.parameters()] + ([x] if needs_input_gradient else [])
+        grads = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        found += [y, *grads]
+        if needs_input_gradient:
+            found += torch.autograd.grad(grads[-1].square().sum(), [net.weight])
+    for a, b in zip(seen, wanted, strict=True):
+        assert_close(a, b, **EXACT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fastgan import losses
@@ -93,9 +94,12 @@ def make_discriminator(config: Config, cin: int) -> nn.Module:
 
 
 def judge(config: Config, critic: nn.Module, real: Tensor, fake: Tensor, name: str) -> tuple[Tensor, Terms]:
-    """D's loss on real and on detached fakes, in two passes: batch norm must not see both in one batch."""
+    """D's loss on real and on detached fakes: in one batch, except where batch norm would mix the two."""
     fake = fake.detach()
-    logits_real, logits_fake = critic(real), critic(fake)
+    if config.norm == "batch" or real.shape != fake.shape:
+        logits_real, logits_fake = critic(real), critic(fake)
+    else:
+        logits_real, logits_fake = critic(torch.cat([real, fake.to(real.dtype)])).split(len(real))
     loss = losses.discriminator_gan(
         logits_real, logits_fake, config.gan_mode, real_label=config.real_label,
         real_weight=config.d_real_weight, fake_weight=config.d_fake_weight,
