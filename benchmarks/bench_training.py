@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -142,20 +143,47 @@ def test_the_rungs_train_the_same_networks() -> None:
     assert two["idt_A"] + two["idt_B"] == pytest.approx(one["idt"], rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def baseline() -> Callable[[], float]:
+    """Seconds of one step of the first rung, run between the rounds of every rung."""
+    step = make(RUNGS[0])
+    step()
+
+    def timed() -> float:
+        synchronize(DEVICE)
+        begin = time.perf_counter()
+        step()
+        synchronize(DEVICE)
+        return time.perf_counter() - begin
+
+    return timed
+
+
 @pytest.mark.benchmark(group=f"cyclegan step {SIZE}x{SIZE} ngf {NGF} blocks {BLOCKS} batch {BATCH}")
 @pytest.mark.parametrize("rung", RUNGS)
-def bench_training_step(benchmark: Any, rung: str, work: dict[str, float]) -> None:
-    """Median time, TFLOP/s, share of the floor and peak memory of one step."""
+def bench_training_step(
+    benchmark: Any, rung: str, work: dict[str, float], baseline: Callable[[], float]
+) -> None:
+    """Median time, speed-up, TFLOP/s, share of the floor and peak memory of one step.
+
+    The speed-up is over baseline steps alternating with the timed ones: a shared CPU drifts by more than 5 %.
+    """
     step = make(rung)
+    step()
+    before: list[float] = []
 
     def timed() -> None:
         step()
         synchronize(DEVICE)
 
-    benchmark.pedantic(timed, warmup_rounds=3, rounds=9 if DEVICE.type == "cpu" else 100, iterations=1)
-    ceiling = work[str(torch.float32 if rung == "upstream_fp32_nchw" else torch.bfloat16)]
+    rounds = 11 if DEVICE.type == "cpu" else 100
+    benchmark.pedantic(
+        timed, setup=lambda: before.append(baseline()), warmup_rounds=2, rounds=rounds, iterations=1
+    )
+    ceiling = work[str(torch.float32 if rung == RUNGS[0] else torch.bfloat16)]
     median = benchmark.stats.stats.median
     benchmark.extra_info |= {
+        "speedup": round(statistics.median(before[-rounds:]) / median, 3),
         "GFLOP": round(work["flop"] / 1e9, 1),
         "TFLOP/s": round(work["flop"] / median / 1e12, 3),
         "floor_ms": round(work["flop"] / ceiling * 1e3, 2),

@@ -90,8 +90,8 @@ def _narrow_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _shallow_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution with few inputs: a channel per column of taps, then kh x 1.
 
-    At 3 -> 64 channels, 7x7, 128x128, bf16 on two Zen 4 cores 2.1 times as fast backward, where the input needs
-    a gradient, and equal forward.
+    At 3 -> 64 channels, 7x7, 128x128, bf16 on two Zen 4 cores 2.1 times as fast backward, where the input
+    needs a gradient, and equal forward.
     """
     outputs, inputs, height, width = weight.shape
     side = x.shape[3] - width + 1
