@@ -77,7 +77,7 @@ def _narrow_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution with few outputs: kh x 1 with an output per column of taps, then their shifted sum.
 
     CPU kernels work on blocks of 16 output channels, of which 3 would be used: at 64 -> 3 channels, 7x7,
-    128x128, bf16 on two Zen 4 cores 2.0 times as fast, forward and backward together.
+    128x128, bf16 on two AMD EPYC cores with avx512_bf16 2.0 times as fast, forward and backward together.
     """
     outputs, inputs, height, width = weight.shape
     tall = weight.permute(0, 3, 1, 2).reshape(outputs * width, inputs, height, 1)
@@ -90,8 +90,8 @@ def _narrow_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _shallow_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution with few inputs: a channel per column of taps, then kh x 1.
 
-    At 3 -> 64 channels, 7x7, 128x128, bf16 on two Zen 4 cores 2.1 times as fast backward, where the input
-    needs a gradient, and equal forward.
+    At 3 -> 64 channels, 7x7, 128x128, bf16 on two AMD EPYC cores with avx512_bf16 2.1 times as fast backward,
+    where the input needs a gradient, and equal forward.
     """
     outputs, inputs, height, width = weight.shape
     side = x.shape[3] - width + 1
@@ -125,7 +125,11 @@ def norm_act(norm: str, channels: int, act: str = "none", slope: float = 0.2) ->
         norm: "instance", "batch" or "none".
         channels: channels of the input.
         act: "none", "relu" or "leaky_relu"; with instance norm it runs inside the fused op and its place is
-            an Identity. slope: negative slope of "leaky_relu".
+            an Identity.
+        slope: negative slope of "leaky_relu".
+
+    Raises:
+        ValueError: unknown norm.
     """
     if norm not in ("instance", "batch", "none"):
         raise ValueError(f"norm_act: norm must be instance, batch or none, got {norm!r}")

@@ -84,7 +84,8 @@ def load_generator(
     Args:
         path: what to load. The averaged generator is taken where the run has one.
         direction: in terms of the data folder; default is the direction of training. A single file has one
-            direction. device, precision: as in training.
+            direction.
+        device, precision: as in training.
 
     Raises:
         CheckpointError, UsageError: nothing there, not a generator, or a direction that was not trained.

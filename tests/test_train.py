@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastgan import checkpoint, train
-from fastgan.trainer import Trainer
+from fastgan.trainer import Trainer, _stack
 
 TINY = [
     "--ngf",
@@ -216,6 +216,15 @@ def test_bad_flag(case: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -
     assert not list(in_tmp.iterdir()), "nothing may be written"
 
 
+def test_usage_is_a_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(lines) == 4 and all(line.startswith("  python -m fastgan.train ") for line in lines)
+    assert all(line.count("python") == 1 and len(line) <= 100 for line in lines)
+
+
 def test_unknown_recipe(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cyclegan, pix2pix" in fails(["stylegan"], capsys)
 
@@ -273,6 +282,14 @@ def test_whole_images_of_unequal_size(
     assert "--batch-size 1" in fails(args, capsys)
     train.main([*args, "--batch-size", "1"])
     assert (in_tmp / "runs/r/samples/step_00000009.png").is_file()
+
+
+def test_sample_images_of_unequal_size_share_a_grid() -> None:
+    small, wide = torch.zeros(1, 3, 4, 8), torch.full((1, 3, 6, 5), 0.5)
+    stacked = _stack([small, wide])
+    assert stacked.shape == (2, 3, 6, 8)
+    assert torch.equal(stacked[:1, :, :4], small) and torch.equal(stacked[1:, :, :, :5], wide)
+    assert (stacked[0, :, 4:] == 1).all() and (stacked[1, :, :, 5:] == 1).all()
 
 
 def test_channels_that_the_identity_loss_cannot_use(
