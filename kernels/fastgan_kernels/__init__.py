@@ -1,6 +1,17 @@
 """Fused GAN operations: Triton kernels on NVIDIA GPUs, plain differentiable torch functions elsewhere."""
 
+from .batch_norm_act import batch_norm_act
+from .conv_norm_act import conv_norm_act
+from .conv_transpose_norm_act import conv_transpose_norm_act
 from .instance_norm_act import instance_norm_act
 from .reflect_pad2d import reflect_pad2d
+from .residual_block import residual_block
 
-__all__ = ["instance_norm_act", "reflect_pad2d"]
+__all__ = [
+    "batch_norm_act",
+    "conv_norm_act",
+    "conv_transpose_norm_act",
+    "instance_norm_act",
+    "reflect_pad2d",
+    "residual_block",
+]

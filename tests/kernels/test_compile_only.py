@@ -1,127 +1,168 @@
 """Compiles what the ops would launch for GPUs that are not here, and fails where ptxas spills registers.
 
-The launches are recorded from the ops themselves, run on meta tensors, so that nothing is described twice.
-The set: every kernel, whole planes (the largest that fit: most registers) and chunks, both layouts,
-float32 and bfloat16, with every optional input for three generations of GPU; without the optional inputs, and
-the tile of small planes, for one. float64 is not in the set: it serves the tests and may be slow.
+The launches are recorded from the functions themselves, run on meta tensors, so that nothing is described
+twice. The set: every kernel but those of the products (test_compile_gemm.py), whole planes (the largest that
+fit: most registers) and chunks, both layouts, float32 and bfloat16, with every optional input for three
+generations of GPU; without the optional inputs, rare layouts, and the tile of small planes, for one. float64
+is not in the set: it serves the tests and may be slow.
 """
 
 import importlib
-import re
-import subprocess
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from fastgan_kernels._op import HAS_TRITON, INTERPRET, triton
+from fastgan_kernels import _halo, _norm
+from fastgan_kernels._layout import Conv, Layout, image_layout
+from fastgan_kernels._op import HAS_TRITON, INTERPRET
+from fastgan_kernels._pointwise import Pointwise
 
 if not HAS_TRITON or INTERPRET:
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from benchmarks._compile import Launch, record
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-DTYPES = list(POINTERS)
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
-
-
-class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+DTYPES = [torch.float32, torch.bfloat16]
+ARCHITECTURES = [80, 90, 100]
+NCHW, NHWC = LAYOUTS = [torch.contiguous_format, torch.channels_last]
+Recorded = tuple[Any, Any, list[Launch]]
 
 
-def record(op: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[Launch]]:
+@pytest.fixture
+def recorded(op: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
     """The bodies of the forward and the backward op, and the launches that they will make."""
     module = importlib.import_module(f"fastgan_kernels.{op}")
-    launches: list[Launch] = []
     monkeypatch.setattr(module, "runs_kernel", lambda x: True)
-    for name, value in list(vars(module).items()):
-        if re.fullmatch(r"_.*_kernel", name):
-            monkeypatch.setattr(module, name, Recorder(value, launches))
-    return module._forward._init_fn, module._backward._init_fn, launches
+    with record(module, _norm, _halo) as launches:
+        yield module._forward._init_fn, module._backward._init_fn, launches
 
 
-def stack_bytes(launch: Launch, architecture: int, folder: Path) -> int:
-    """Compiles a launch, specialised as Triton would; returns the memory a thread spills registers to."""
-    kernel, args, kwargs = launch
-    values = dict(zip(kernel.arg_names, args)) | kwargs
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = values[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name not in kwargs and value is not None and value != 1:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "constexpr"
-            constants[(index,)] = value
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": kwargs.get("num_warps", 4)}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    # a hundred times faster than looking for STL and LDL in a disassembly, and it finds the same kernels
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (stack,), (local,) = re.findall(r"STACK:(\d+)", usage), re.findall(r"LOCAL:(\d+)", usage)
-    return int(stack) + int(local)
-
-
-def check(launches: list[Launch], architecture: int, folder: Path, kernels: set[str]) -> None:
-    assert {kernel.__name__ for kernel, _, _ in launches} == kernels
+def check(launches: list[Launch], architecture: int, kernels: set[str]) -> None:
+    assert {launch.name for launch in launches} == kernels
     for launch in launches:
-        assert stack_bytes(launch, architecture, folder) == 0, (launch[0].__name__, launch[2])
+        assert launch.compile(architecture).spills == 0, (launch.name, launch.kwargs)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
+def empty(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shape, pad", [((1, 256, 64, 64), (1,) * 4), ((1, 3, 4, 4), (3,) * 4)])
-def test_reflect_pad2d(shape, pad, architecture, dtype, layout, monkeypatch, tmp_path):
-    forward, backward, launches = record("reflect_pad2d", monkeypatch)
+@pytest.mark.parametrize("op", ["reflect_pad2d"])
+def test_reflect_pad2d(shape, pad, architecture, dtype, layout, recorded):
+    forward, backward, launches = recorded
     backward(forward(empty(shape, dtype, layout), pad), pad)
-    check(launches, architecture, tmp_path, {"_reflect_pad2d_fwd_kernel", "_reflect_pad2d_bwd_kernel"})
+    check(launches, architecture, {"_reflect_pad2d_fwd_kernel", "_reflect_pad2d_bwd_kernel"})
 
 
 WHOLE = {"_instance_norm_act_fwd_kernel", "_instance_norm_act_bwd_kernel"}
-CHUNKED = WHOLE | {
-    "_instance_norm_act_fwd_partial_kernel",
-    "_instance_norm_act_fwd_combine_kernel",
-    "_instance_norm_act_bwd_partial_kernel",
-}
+MOMENTS = {"_norm_partial_kernel", "_norm_combine_kernel"}
+CHUNKED = WHOLE | MOMENTS | {"_instance_norm_act_bwd_partial_kernel"}
 NORM_TILES = [
-    (torch.contiguous_format, (1, 64, 128, 128), WHOLE),
-    (torch.contiguous_format, (2, 64, 256, 256), CHUNKED),
-    (torch.channels_last, (1, 256, 32, 32), WHOLE),
-    (torch.channels_last, (4, 256, 64, 64), CHUNKED),
+    (NCHW, (1, 64, 128, 128), WHOLE),
+    (NCHW, (2, 64, 256, 256), CHUNKED),
+    (NHWC, (1, 256, 32, 32), WHOLE),
+    (NHWC, (4, 256, 64, 64), CHUNKED),
 ]
-NORM_CASES = [(*tile, a, True) for tile in NORM_TILES for a in (80, 90, 100)]
+NORM_CASES = [(*tile, a, True) for tile in NORM_TILES for a in ARCHITECTURES]
 NORM_CASES += [(*tile, 90, False) for tile in NORM_TILES]
 NORM_CASES += [(layout, (1, 512, 4, 4), WHOLE, 90, True) for layout in LAYOUTS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout, shape, kernels, architecture, everything", NORM_CASES)
-def test_instance_norm_act(layout, shape, kernels, architecture, everything, dtype, monkeypatch, tmp_path):
-    forward, backward, launches = record("instance_norm_act", monkeypatch)
+@pytest.mark.parametrize("op", ["instance_norm_act"])
+def test_instance_norm_act(layout, shape, kernels, architecture, everything, dtype, recorded):
+    forward, backward, launches = recorded
     x = empty(shape, dtype, layout)
-    parameter = empty(shape[1:2], dtype, torch.contiguous_format) if everything else None
+    parameter = empty(shape[1:2], dtype) if everything else None
     options = (1e-5, "leaky_relu" if everything else "relu", 0.2)
     y, mean, rstd = forward(x, parameter, parameter, x if everything else None, *options)
-    backward(y, x, mean, rstd, parameter, parameter, y if everything else None, *options)
-    check(launches, architecture, tmp_path, kernels)
+    y = y if everything else None
+    backward(x, x, mean, rstd, parameter, parameter, y, *options, needs_residual=everything)
+    check(launches, architecture, kernels)
+
+
+PASSES = {"_halo_write_kernel", "_halo_reduce_kernel", "_halo_gradient_kernel"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layout, shape", [(NCHW, (1, 64, 128, 128)), (NHWC, (4, 256, 64, 64))])
+@pytest.mark.parametrize("op", ["instance_norm_act", "batch_norm_act"])
+def test_norm_with_padding(op, layout, shape, architecture, dtype, recorded):
+    forward, backward, launches = recorded
+    x, parameter = empty(shape, dtype, layout), empty(shape[1:2], dtype)
+    options = (1e-5, "leaky_relu", 0.2, 0.5, 1, "reflect", empty((1,), torch.int64))
+    given: tuple[Any, ...] = ()
+    groups: tuple[int, ...] = ()
+    if op == "batch_norm_act":
+        given, groups = (None, None, 1), (1,)
+    y, mean, rstd = forward(x, parameter, parameter, x, *given, *options, None)
+    inner = _norm.inner(y, x, 1)
+    backward(y, x, mean, rstd, parameter, parameter, inner, *groups, *options, None, True)
+    check(launches, architecture, PASSES | MOMENTS)
+
+
+# images of a batch, and the convolution that reads them
+CONVS = {
+    "trunk": (4, Conv(64, 64, 256, 256, 3, 1, 1, "reflect")),
+    "last": (1, Conv(256, 256, 64, 3, 7, 1, 3, "reflect")),  # its output is spread
+    "stride": (1, Conv(128, 128, 128, 256, 3, 2, 1, "zeros")),  # space to depth
+    "first": (1, Conv(256, 256, 3, 64, 7, 1, 3, "reflect")),  # unrolled
+    "PatchGAN": (1, Conv(256, 256, 6, 64, 4, 2, 1, "zeros")),  # unrolled, with a stride
+    "deep": (2, Conv(2, 2, 512, 512, 4, 2, 1, "zeros")),
+    "replicate": (1, Conv(64, 64, 64, 64, 3, 1, 1, "replicate")),
+}
+
+
+def pending(n: int, channels: int, everything: bool) -> Pointwise:
+    if not everything:
+        return Pointwise()
+    planes, affine = empty((n, channels), torch.float32), empty((1, channels), torch.float32)
+    return Pointwise(planes, planes, affine, affine, "tanh", dropout=0.5, seed=empty((1,), torch.int64))
+
+
+def run_passes(n: int, layout: Layout, target: Layout, dtype: torch.dtype, everything: bool) -> None:
+    """All passes between `layout` and an image of its size."""
+    x = empty((n, layout.channels, layout.height, layout.width), dtype, NHWC if everything else NCHW)
+    due, extra = pending(n, layout.channels, everything), x if everything else None
+    rows = empty((n * layout.rows, layout.columns), dtype)
+    _halo.write(x, layout, due, extra)
+    _halo.apply(x, empty(x.shape, dtype), due, extra)
+    _halo.fold(rows, layout, x, due.bias, due.act)
+    mean, _ = _halo.finish(_halo.statistics(x), layout.height * layout.width, 1e-5)
+    _halo.reduce(rows, layout, due, x, None, extra, total=everything)
+    means = torch.stack([mean, mean], 1) if everything else None
+    _halo.gradient(rows, layout, due, target, x, None, extra, means)
+
+
+HALO_CASES = [(name, 90, everything) for name in CONVS for everything in (True, False)]
+HALO_CASES += [(name, a, True) for name in ("trunk", "last", "first", "stride") for a in (80, 100)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name, architecture, everything", HALO_CASES)
+def test_halo(name, architecture, everything, dtype):
+    n, conv = CONVS[name]
+    image = image_layout(conv.height, conv.width, conv.inputs)
+    # the layer before: its output's gradient lies in columns of at least 16
+    before = Conv(conv.height, conv.width, 64, conv.inputs, 3, 1, 1, "zeros")
+    with record(_halo) as launches:
+        # forward into the layout that the product reads, backward from what it leaves
+        run_passes(n, conv.gradient, before.output, dtype, everything)
+        x = empty((n, conv.inputs, conv.height, conv.width), dtype, NHWC)
+        _halo.write(x, conv.input, pending(n, conv.inputs, everything), x if everything else None)
+        if conv.kind == "narrow":
+            run_passes(n, conv.spread, conv.output, dtype, everything)
+        if conv.stride == 2 and conv.kind == "wide":
+            # on the way into a transposed convolution
+            run_passes(n, image, conv.input, dtype, everything)
+    kernels = {"fold", "write", "statistics", "finish", "reduce", "gradient"}
+    check(launches, architecture, {f"_halo_{kernel}_kernel" for kernel in kernels})

@@ -5,10 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastgan_kernels import instance_norm_act
-from fastgan_kernels._op import runs_kernel
+from fastgan_kernels import _norm, instance_norm_act
+from fastgan_kernels._op import INTERPRET, runs_kernel
+from fastgan_kernels._pointwise import keep_mask
 from fastgan_kernels._tune import PlaneTile
 from torch import Tensor
+
+from tests.kernels import norm_cases
+from tests.kernels.norm_cases import CONCATENATED, FORMS, PADDED
 
 # the package names the function like its module
 module = importlib.import_module("fastgan_kernels.instance_norm_act")
@@ -34,7 +38,7 @@ OPTIONS = [
     (True, True, "leaky_relu"),
 ]
 CASES = [(shape, options) for shape in SHAPES for options in OPTIONS]
-CASES += [(shape, options) for shape in LARGE_SHAPES for options in (OPTIONS[1], OPTIONS[-1])]
+CASES += [(shape, OPTIONS[-1]) for shape in LARGE_SHAPES]
 
 
 def inputs(
@@ -101,8 +105,14 @@ def test_matches_reference(shape, options, layout, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [(True, False, "relu"), (True, True, "none")])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 2, 131, 127)])
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((2, 3, 5, 7), (True, False, "relu")),
+        ((2, 3, 5, 7), (True, True, "none")),
+        ((1, 2, 131, 127), (True, False, "relu")),
+    ],
+)
 def test_half_precision(shape, options, dtype, layout, device):
     # one rounding of y (on the CPU another, before torch adds the residual); Triton's interpreter truncates
     # to bfloat16 where a GPU rounds
@@ -126,7 +136,7 @@ def test_every_tile(tile, layout, device, monkeypatch):
     tensors = inputs((2, 3, 5, 7), (True, True, "leaky_relu"), torch.float64, layout, device)
     if not runs_kernel(tensors[0]):
         pytest.skip("the CPU outside the interpreter has no tiles")
-    monkeypatch.setattr(module, "plane_tile", lambda *shape: tile)
+    monkeypatch.setattr(_norm, "plane_tile", lambda *shape: tile)
     assert_matches(tensors, "leaky_relu", 1e-13)
     assert_matches(tensors[:3] + [None], "relu", 1e-13)
 
@@ -195,12 +205,109 @@ def test_registration(options, layout, device):
     torch.library.opcheck(torch.ops.fastgan.instance_norm_act_backward.default, (dy, x, *saved))
 
 
+def normalise(x: Tensor) -> Tensor:
+    return formula(x, None, None, None, "none")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape, form", norm_cases.CASES)
+def test_forms(shape, form, layout, device):
+    parts, options = form
+    tensors = norm_cases.make(shape, parts, torch.float64, layout, device)
+    norm_cases.assert_matches(instance_norm_act, tensors, normalise, options, 1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("parts, options", [FORMS[0], FORMS[2], PADDED])
+def test_forms_in_chunks(parts, options, layout, device, monkeypatch):
+    monkeypatch.setattr(_norm, "plane_tile", lambda *shape: PlaneTile(2, 8, 2, 3, 4))
+    tensors = norm_cases.make((2, 3, 5, 7), parts, torch.float64, layout, device)
+    norm_cases.assert_matches(instance_norm_act, tensors, normalise, options, 1e-12)
+
+
+@pytest.mark.parametrize("parts, options", [PADDED, CONCATENATED, FORMS[9]])
+def test_forms_in_half_precision(parts, options, device):
+    # as in test_half_precision, and the CPU rounds once more in the dropout
+    tensors = norm_cases.make((2, 3, 5, 7), parts, torch.bfloat16, LAYOUTS[1], device)
+    norm_cases.assert_matches(instance_norm_act, tensors, normalise, options, 2**-6)
+
+
+def op_of(names: list[str], options: dict[str, Any]) -> Any:
+    return lambda *tensors: instance_norm_act(**dict(zip(names, tensors)), **options)
+
+
+@pytest.mark.parametrize("parts, options", [CONCATENATED] if INTERPRET else FORMS)
+def test_gradients_of_forms(parts, options, device):
+    tensors = norm_cases.make((2, 1, 2, 3), parts, torch.float64, LAYOUTS[0], device)
+    function = op_of([*tensors], norm_cases.complete(options, device))
+    assert torch.autograd.gradcheck(function, (*tensors.values(),), fast_mode=True)
+    # the second order is the same torch functions in the interpreter, which is slow
+    if not INTERPRET:
+        assert torch.autograd.gradgradcheck(function, (*tensors.values(),), fast_mode=True)
+
+
+@pytest.mark.parametrize("parts, options", [PADDED, CONCATENATED, FORMS[7]])
+def test_registration_of_forms(parts, options, device):
+    tensors = norm_cases.make((2, 3, 5, 4), parts, torch.float32, LAYOUTS[1], device)
+    full = {"dropout": 0.0, "pad": 0, "padding_mode": "zeros", **options}
+    x, weight, bias, residual, concat = (
+        tensors.get(name) for name in ("x", "weight", "bias", "residual", "concat")
+    )
+    given = (1e-5, options["act"], 0.2, full["dropout"], full["pad"], full["padding_mode"])
+    seed = torch.tensor([5], device=device) if full["dropout"] else None
+    arguments = (x, weight, bias, residual, *given, seed, concat)
+    torch.library.opcheck(torch.ops.fastgan.instance_norm_act.default, arguments)
+    with torch.no_grad():
+        y, mean, rstd = torch.ops.fastgan.instance_norm_act(*arguments)
+    dy = torch.randn_like(y)
+    if concat is not None:
+        dy, y = dy[:, 2:], y[:, 2:]
+    inner = _norm.inner(y, x, full["pad"])
+    saved = (mean, rstd, weight, bias, None if residual is None else inner, *given, seed)
+    tail = (residual if options["act"] == "tanh" else None, residual is not None)
+    backward = torch.ops.fastgan.instance_norm_act_backward.default
+    torch.library.opcheck(backward, (dy.requires_grad_(), x, *saved, *tail))
+
+
+@pytest.mark.parametrize("parts, options", [PADDED, CONCATENATED])
+def test_no_graph_break_in_forms(parts, options, device):
+    torch._dynamo.reset()
+    tensors = norm_cases.make((2, 3, 5, 6), parts, torch.float32, LAYOUTS[1], device)
+    layer = op_of([*tensors], norm_cases.complete(options, device))
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(*tensors.values())
+    expected = layer(*tensors.values())
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(t, list(tensors.values()), dy) for t in (y, expected))):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_pixel_with_a_border(device):
+    x = torch.randn(2, 3, 1, 1, dtype=torch.float64, device=device)
+    bias = torch.randn(3, dtype=torch.float64, device=device)
+    y = instance_norm_act(x, None, bias, pad=1, padding_mode="replicate")
+    assert torch.equal(y, bias.view(1, 3, 1, 1).expand(2, 3, 3, 3))
+
+
+def test_dropout_draws_a_seed(device):
+    x = torch.randn(1, 4, 16, 16, device=device)
+    torch.manual_seed(1)
+    first, second = (instance_norm_act(x, act="relu", dropout=0.5) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(first, instance_norm_act(x, act="relu", dropout=0.5))
+    assert not torch.equal(first, second)
+    seed = torch.tensor([7], device=device)
+    kept = keep_mask(seed, x.shape, 0.5)
+    y = instance_norm_act(x, dropout=0.5, seed=seed)
+    torch.testing.assert_close(y, instance_norm_act(x) * kept * 2)
+
+
 def test_runs_the_kernel(device, monkeypatch):
     tensors = inputs((1, 2, 4, 4), (True, True, "relu"), torch.float32, LAYOUTS[0], device)
     if not runs_kernel(tensors[0]):
         pytest.skip("the CPU outside the interpreter runs the reference")
     monkeypatch.delattr(module, "reference")
-    monkeypatch.delattr(module, "reference_backward")
+    monkeypatch.delattr(_norm, "reference_backward")
     y = instance_norm_act(*tensors, act="relu")
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y, tensors, torch.randn_like(y)))
 
@@ -284,13 +391,29 @@ def test_no_graph_break(layout, device):
         ({"x": torch.zeros(3, 4, 4)}, r"x must be \(N, C, H, W\), got shape \(3, 4, 4\)"),
         ({"x": torch.zeros(1, 3, 4, 4, dtype=torch.int32)}, "x must be float16, .*, got torch.int32"),
         ({"x": torch.zeros(1, 3, 0, 4)}, r"x must be at least one pixel, got shape \(1, 3, 0, 4\)"),
-        ({"weight": torch.zeros(4)}, r"weight must be of shape \(3,\), got \(4,\)"),
-        ({"bias": torch.zeros(1, 3)}, r"bias must be of shape \(3,\), got \(1, 3\)"),
+        (
+            {"weight": torch.zeros(4)},
+            r"weight must be of shape \(3,\) or \(S, 3\), one S for all, got \(4,\)",
+        ),
+        ({"bias": torch.zeros(1, 4)}, r"bias must be of shape \(3,\) or .*, got \(1, 4\)"),
+        ({"bias": torch.zeros(2, 3)}, "x must be a batch that 2 weight sets can share, got 1 samples"),
+        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(3, 3)}, "weight must be of shape .*, got"),
         ({"bias": torch.zeros(3, device="meta")}, "bias must be on .*, got meta"),
         ({"residual": torch.zeros(1, 3, 4, 1)}, r"residual must be of shape \(1, 3, 4, 4\), got \(1, 3, 4, "),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
-        ({"act": "gelu"}, "act must be one of none, relu, leaky_relu, got 'gelu'"),
+        ({"act": "gelu"}, "act must be one of none, relu, leaky_relu, tanh, got 'gelu'"),
         ({"slope": -0.1}, "slope must be >= 0, got -0.1"),
+        ({"dropout": 1.0}, "dropout must be in 0 <= p < 1, got 1.0"),
+        ({"seed": torch.zeros(1)}, r"seed must be \(1,\) int64, got \(1,\) torch.float32"),
+        ({"seed": torch.zeros(1, dtype=torch.int64, device="meta")}, "seed must be on .*, got meta"),
+        ({"pad": -1}, "pad must be an int >= 0, got -1"),
+        ({"pad": 4, "padding_mode": "reflect"}, "pad must be below the size 4, got 4"),
+        (
+            {"padding_mode": "circular"},
+            "padding_mode must be one of zeros, reflect, replicate, got 'circular'",
+        ),
+        ({"concat": torch.zeros(1, 3, 4, 5)}, r"concat must be of shape \(1, C2, 4, 4\), got \(1, 3, 4, 5\)"),
+        ({"concat": torch.zeros(1, 3, 4, 4), "pad": 1}, "pad must be 0 with concat, got 1"),
     ],
 )
 def test_bad_input(change, message, device):

@@ -14,6 +14,8 @@ from fastgan_kernels._op import HAS_TRITON, INTERPRET
 
 TESTS = Path(__file__).parent
 OPS = sorted(path.stem for path in (TESTS / "../../kernels/fastgan_kernels").glob("[!_]*.py"))
+# tests of what the ops are made of: nothing of it runs on a CPU outside the interpreter
+PARTS = ["gemm", "halo"]
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
@@ -21,9 +23,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_kernels_in_the_interpreter(op):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / f"test_{op}.py")]
+@pytest.mark.parametrize("name", [*OPS, *PARTS])
+def test_kernels_in_the_interpreter(name):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / f"test_{name}.py")]
     run = subprocess.run(
         command,
         cwd=TESTS.parents[1],
