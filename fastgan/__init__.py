@@ -5,9 +5,10 @@ try:
 except ImportError as error:
     raise ImportError("fastgan_kernels is missing: run `pip install -e .` in the repository root") from error
 
+from fastgan.accelerate import accelerate
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
 from fastgan.recipes import RECIPES
 from fastgan.step import Step
 
 __version__ = "0.1.0"
-__all__ = ["RECIPES", "PatchDiscriminator", "ResnetGenerator", "Step", "UnetGenerator"]
+__all__ = ["RECIPES", "PatchDiscriminator", "ResnetGenerator", "Step", "UnetGenerator", "accelerate"]

@@ -1,10 +1,12 @@
-"""nn.Modules over the fused ops; arguments, parameter names and initial values are those of the torch layers
-they stand for."""
+"""nn.Modules over the fused ops; arguments, attribute names, state-dict keys and initial values are those of
+the torch layers they stand for."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from fastgan_kernels import instance_norm_act, reflect_pad2d
+from fastgan_kernels import conv_norm_act, conv_transpose_norm_act, instance_norm_act, reflect_pad2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,12 +55,42 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` that can leave its bias out of the work.
+    """`torch.nn.Conv2d`, with what follows it in one op; and one that can leave its bias out of the work.
 
     An instance norm that follows removes any constant per channel, so the bias has no effect and no gradient
     there; it stays a parameter because checkpoints of the original release hold one. `idle_bias` says that
-    such a norm follows.
+    such a norm follows as a layer of its own.
+
+    Args:
+        args, kwargs: those of `torch.nn.Conv2d`.
+        norm: torch's InstanceNorm2d without running statistics or BatchNorm2d; its state is `norm.*`.
+        act: "none", "relu", "leaky_relu" or "tanh", after the norm and the residual add.
+        slope: negative slope of "leaky_relu".
+        dropout: probability of a dropout behind the activation; acts in training only.
+
+    Raises:
+        ValueError: with a norm, act or dropout, where the ops do not take the convolution or the norm.
     """
+
+    def __init__(
+        self,
+        *args: Any,
+        norm: nn.Module | None = None,
+        act: str = "none",
+        slope: float = 0.2,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm, self.act, self.slope, self.dropout = norm, act, slope, dropout
+        _check(self)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """dropout(act(norm(convolution) + residual)), (N, C, H, W) in and out."""
+        return super().forward(input) if _is_plain(self, residual) else _follow(self, input, residual)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _extra_repr(self)
 
     idle_bias = False
 
@@ -101,13 +133,32 @@ def _shallow_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` with the same switch as `Conv2d`; output size is the layer's own (no
-    `output_size`)."""
+    """`torch.nn.ConvTranspose2d` with the same additions as `Conv2d`."""
 
     idle_bias = False
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Transposed convolution of (N, C, H, W)."""
+    def __init__(
+        self,
+        *args: Any,
+        norm: nn.Module | None = None,
+        act: str = "none",
+        slope: float = 0.2,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm, self.act, self.slope, self.dropout = norm, act, slope, dropout
+        _check(self)
+
+    def forward(
+        self, input: Tensor, output_size: list[int] | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """dropout(act(norm(transposed convolution) + residual)), (N, C, H, W) in and out; `output_size` is
+        for a layer without norm, act and dropout."""
+        if not _is_plain(self, residual):
+            if output_size is not None:
+                raise ValueError("ConvTranspose2d: output_size must be None where a norm or act follows")
+            return _follow(self, input, residual)
         if output_size is not None:
             return super().forward(input, output_size)
         bias = None if self.idle_bias else self.bias
@@ -115,6 +166,132 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         return F.conv_transpose2d(
             input, self.weight, bias, self.stride, pad, self.output_padding, self.groups, self.dilation
         )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _extra_repr(self)
+
+
+def refusal(conv: nn.Conv2d | nn.ConvTranspose2d) -> str | None:
+    """Why the fused ops do not take a convolution as it is set, None where they do."""
+    kernel, stride, pad = conv.kernel_size, conv.stride, conv.padding
+    if conv.groups != 1 or conv.dilation != (1, 1):
+        return f"groups={conv.groups}, dilation={conv.dilation}"
+    if kernel[0] != kernel[1] or kernel[0] > 7 or stride not in ((1, 1), (2, 2)):
+        return f"kernel_size={kernel}, stride={stride}"
+    # an even kernel at padding="same" has one side wider
+    if pad == "same" and kernel[0] % 2 == 0 or not isinstance(pad, str) and pad[0] != pad[1]:
+        return f"padding={pad!r}"
+    if conv.padding_mode not in ("zeros", "reflect", "replicate"):
+        return f"padding_mode={conv.padding_mode!r}"
+    if isinstance(conv, nn.ConvTranspose2d) and conv.output_padding not in ((0, 0), (1, 1)):
+        return f"output_padding={conv.output_padding}"
+    return None
+
+
+def run_conv(
+    x: Tensor,
+    conv: nn.Conv2d | nn.ConvTranspose2d,
+    pad: nn.Module | None = None,
+    norm: nn.Module | None = None,
+    act: str = "none",
+    slope: float = 0.2,
+    dropout: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """dropout(act(norm(conv(pad(x))) + residual)) as one op, with the parameters and settings of the layers.
+
+    x: (N, C, H, W); see `like_weight`.
+    conv: one that has no `refusal`. pad: torch's ReflectionPad2d, ReplicationPad2d or ZeroPad2d, equal on all
+        sides, in front of a convolution without padding. norm: a BatchNorm2d, or an InstanceNorm2d that does
+        not update running statistics.
+    """
+    # read once: a parametrized weight is computed anew, and differently, every time
+    weight = conv.weight
+    x = like_weight(x, weight)
+    options: dict[str, Any] = {"act": act, "slope": slope, "residual": residual, "dropout": dropout}
+    options |= norm_options(norm)
+    stride = conv.stride[0]
+    if isinstance(conv, nn.ConvTranspose2d):
+        options |= {"padding": conv.padding[0], "output_padding": conv.output_padding[0]}
+        return conv_transpose_norm_act(x, weight, conv.bias, stride=stride, **options)
+    width, mode = padding(conv, pad)
+    return conv_norm_act(x, weight, conv.bias, stride=stride, padding=width, padding_mode=mode, **options)
+
+
+def like_weight(x: Tensor, weight: Tensor) -> Tensor:
+    """x in channels_last where the weight is, as torch's convolution brings it."""
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def padding(conv: nn.Conv2d | nn.ConvTranspose2d, pad: nn.Module | None = None) -> tuple[int, str]:
+    """Pixels on every side and their kind, of a convolution or of the padding layer in front of it."""
+    if isinstance(pad, nn.ReflectionPad2d):
+        return pad.padding[0], "reflect"
+    if isinstance(pad, nn.ReplicationPad2d):
+        return pad.padding[0], "replicate"
+    if isinstance(pad, nn.ZeroPad2d):
+        return pad.padding[0], "zeros"
+    if isinstance(conv.padding, str):
+        return (conv.kernel_size[0] // 2 if conv.padding == "same" else 0), conv.padding_mode
+    return int(conv.padding[0]), conv.padding_mode
+
+
+def norm_options(norm: Any) -> dict[str, Any]:
+    """The arguments of the fused ops for a norm layer of torch; counts the batch as the layer would.
+
+    Raises:
+        ValueError: another norm, such as the SyncBatchNorm that stands where a BatchNorm2d was.
+    """
+    if norm is None:
+        return {}
+    if not isinstance(norm, (nn.BatchNorm2d, nn.InstanceNorm2d)):
+        raise ValueError(f"norm_options: norm must be a BatchNorm2d or an InstanceNorm2d, got {norm}")
+    options = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+    if isinstance(norm, nn.InstanceNorm2d) and not norm.track_running_stats:
+        return {**options, "norm": "instance"}
+    # an instance norm with running statistics is a batch norm in evaluation mode
+    training, momentum = norm.training, norm.momentum
+    if training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
+    if norm.track_running_stats or not training:
+        options |= {"running_mean": norm.running_mean, "running_var": norm.running_var}
+    return {
+        **options,
+        "norm": "batch",
+        "training": training or norm.running_mean is None,
+        "momentum": momentum or 0.0,
+    }
+
+
+def _is_plain(conv: Any, residual: Tensor | None) -> bool:
+    return conv.norm is None and residual is None and conv.act == "none" and conv.dropout == 0
+
+
+def _check(conv: Any) -> None:
+    if _is_plain(conv, None):
+        return
+    name, norm, why = type(conv).__name__, conv.norm, refusal(conv)
+    if why is not None:
+        raise ValueError(f"{name}: with a norm, act or dropout the fused op does not take {why}")
+    own = InstanceNorm2d.forward, nn.InstanceNorm2d.forward, nn.BatchNorm2d.forward
+    known = norm is None or type(norm).forward in own
+    if isinstance(norm, nn.InstanceNorm2d):
+        known &= not norm.track_running_stats and getattr(norm, "act", "none") == "none"
+    if not known:
+        raise ValueError(
+            f"{name}: norm must be BatchNorm2d, or InstanceNorm2d without running statistics, got {norm}"
+        )
+
+
+def _follow(conv: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+    dropout = conv.dropout if conv.training else 0.0
+    return run_conv(x, conv, None, conv.norm, conv.act, conv.slope, dropout, residual)
+
+
+def _extra_repr(conv: Any) -> str:
+    return "" if conv.act == "none" and conv.dropout == 0 else f", act={conv.act}, dropout={conv.dropout}"
 
 
 def norm_act(norm: str, channels: int, act: str = "none", slope: float = 0.2) -> list[nn.Module]:
