@@ -1,12 +1,15 @@
-"""What the benchmarks share: waiting for the device and the peak of its memory."""
+"""What the benchmarks share: waiting for the device, peak memory, ceilings, the time of a call."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass
@@ -14,6 +17,14 @@ class Peak:
     """Memory at its highest above the start, in MiB; set when the measurement ends."""
 
     mib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches in this process: bytes read plus written by a copy, a bf16 matrix product."""
+
+    bytes_per_second: float
+    flop_per_second: float
 
 
 def synchronize(device: torch.device) -> None:
@@ -46,3 +57,84 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         now += event.nbytes()
         highest = max(highest, now)
     peak.mib = highest / 2**20
+
+
+def events_seconds(call: Callable[[], object], calls: int) -> float:
+    """Seconds of the GPU per call, for calls that are longer than their launch."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3 / calls
+
+
+def measure_ceilings(watch: Callable[[], object]) -> Ceilings:
+    """Medians of a 1 GiB copy and of an 8192 x 8192 x 8192 product of random bf16.
+
+    `watch` is called while the GPU is at work.
+    """
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    copies = [events_seconds(lambda: target.copy_(source), 10) for _ in range(7)]
+    products = [events_seconds(lambda: a @ b, 10) for _ in range(7)]
+    for _ in range(100):
+        a @ b
+    watch()
+    torch.cuda.synchronize()
+    return Ceilings(2 * source.nbytes / statistics.median(copies), 2 * n**3 / statistics.median(products))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """run() does `calls` calls and waits. eager_seconds: of one call, with its launches.
+
+    how: "graph", replayed from a CUDA graph, without the time of the launches; "eager" where a call cannot be
+    captured.
+    """
+
+    run: Callable[[], object]
+    calls: int
+    how: str
+    eager_seconds: float
+
+
+def prepare(call: Callable[[], object]) -> Timed:
+    """Warms a call up and captures it, on the current stream, which must not be the default one."""
+    for _ in range(3):
+        call()
+
+    def eager(calls: int) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / calls
+
+    seconds = statistics.median(eager(5) for _ in range(11))
+    # a replay of 5 ms or more, beside which the wait for it does not count; launches may be most of `seconds`
+    calls = max(5, min(100, int(5e-3 / seconds)))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for _ in range(calls):
+                call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return Timed(lambda: eager(calls), calls, "eager", seconds)
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return Timed(replay, calls, "graph", seconds)
+
+
+def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest norm(got - expected) / norm(expected) of the pairs."""
+    pairs = ((g.double(), e.double()) for g, e in zip(got, expected, strict=True))
+    return max(float((g - e).norm() / e.norm()) for g, e in pairs)

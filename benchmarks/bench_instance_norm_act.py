@@ -1,7 +1,4 @@
-"""instance_norm_act at the shapes of CycleGAN's ResNet-9 generator and 70x70 PatchGAN at 256x256.
-
-Without a GPU, torch and the op (which is then its reference) run at one small shape.
-"""
+"""instance_norm_act at the shapes of CycleGAN's ResNet-9 generator and 70x70 PatchGAN at 256x256."""
 
 from collections.abc import Callable
 
@@ -11,7 +8,6 @@ import torch.nn.functional as F
 from fastgan_kernels import instance_norm_act
 from torch import Tensor
 
-CUDA = torch.cuda.is_available()
 # shape, activation, residual
 SHAPES = [
     ((1, 64, 256, 256), "relu", False),  # generator: after the first and before the last 7x7 convolution
@@ -23,7 +19,6 @@ SHAPES = [
     ((1, 256, 32, 32), "leaky_relu", False),  # PatchGAN
     ((1, 512, 31, 31), "leaky_relu", False),  # PatchGAN
 ]
-SMALL_SHAPES = [((1, 32, 32, 32), "relu", True)]
 
 
 def norm_torch(x: Tensor, residual: Tensor | None, act: str) -> Tensor:
@@ -41,32 +36,36 @@ def norm_fastgan(x: Tensor, residual: Tensor | None, act: str) -> Tensor:
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor | None, str], Tensor]] = {
     "triton": norm_fastgan,
-    "reference": norm_fastgan,
     "torch": norm_torch,
-    "compile": torch.compile(norm_torch, dynamic=False),
+    "compile": norm_torch,
 }
+# the layout and dtype of training, at an end of a generator and in its trunk
+QUICK = [(*SHAPES[i], "bfloat16", "channels_last") for i in (0, 4)]
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.quick] if case in QUICK else [])
+    for shape in SHAPES
+    for dtype in ("bfloat16", "float32")
+    for layout in ("contiguous_format", "channels_last")
+    for case in [(*shape, dtype, layout)]
+]
 
 
-@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("direction", ["fwd", "bwd"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape, act, has_residual", SHAPES if CUDA else SMALL_SHAPES)
-def bench_instance_norm_act(measure, shape, act, has_residual, implementation, direction, dtype, layout):
-    if implementation in ("triton", "compile") and not CUDA:
-        pytest.skip("no GPU")
-    if implementation == "reference" and CUDA:
-        pytest.skip("serves the CPU")
-    device = "cuda" if CUDA else "cpu"
-    memory_format = getattr(torch, layout)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("shape, act, has_residual, dtype, layout", CASES)
+def bench_instance_norm_act(measure, shape, act, has_residual, dtype, layout, direction, implementation):
     x, residual, dy = (
-        torch.randn(shape, device=device, dtype=getattr(torch, dtype)).contiguous(memory_format=memory_format)
+        torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)).contiguous(
+            memory_format=getattr(torch, layout)
+        )
         for _ in range(3)
     )
     leaves = [x, residual] if has_residual else [x]
     for leaf in leaves:
         leaf.requires_grad_()
     function = IMPLEMENTATIONS[implementation]
+    if implementation == "compile":
+        function = torch.compile(function, dynamic=False)
     given = residual if has_residual else None
     y = function(x, given, act)
     # tensors of the size of x. forward: x, residual, y. backward: dy, x, dx; y and dresidual too where a
@@ -79,5 +78,11 @@ def bench_instance_norm_act(measure, shape, act, has_residual, implementation, d
 
     calls = {"fwd": forward, "bwd": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)}
     name = "x".join(map(str, shape)) + f" {act}" + " residual" * has_residual
-    bytes_moved = tensors * x.numel() * x.element_size()
-    measure(calls[direction], bytes_moved, f"instance_norm_act {direction} {name} {dtype} {layout}")
+    measure(
+        calls[direction],
+        op="instance_norm_act",
+        case=f"{name} {dtype} {layout}",
+        direction=direction,
+        implementation=implementation,
+        bytes_moved=tensors * x.numel() * x.element_size(),
+    )
