@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgan.layers import Conv2d, norm_act, skip_idle_biases
+from fastgan.stack import run_layers, runs_fused
 
 # receptive field in pixels -> number of convolutions with stride 2
 LAYERS = {16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
@@ -60,7 +61,12 @@ class PatchDiscriminator(nn.Module):
             )
         skip_idle_biases(self)
 
+    @property
+    def line(self) -> nn.Sequential:
+        """The layers one after the other; see `fastgan.stack`."""
+        return self.net if self.receptive_field == 1 else self.model
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits of x; the smallest side that gives at least one logit is about a third of the receptive
         field."""
-        return (self.net if self.receptive_field == 1 else self.model)(x)
+        return run_layers([self.line], x) if runs_fused(x) else self.line(x)

@@ -19,6 +19,7 @@ from fastgan.layers import (
     norm_act,
     skip_idle_biases,
 )
+from fastgan.stack import run_layers, runs_fused
 
 PADDINGS = {"reflect": ReflectionPad2d, "replicate": nn.ReplicationPad2d}
 OUTPUTS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -57,6 +58,11 @@ class ResnetBlock(nn.Module):
         # the place of an activation after the second norm does not exist upstream: only the norm is kept
         layers += _padded_conv(padding, channels, bias) + norm_act(norm, channels)[:1]
         self.conv_block = nn.Sequential(*layers)
+
+    @property
+    def residual_body(self) -> nn.Sequential:
+        """What is added to the input; see `fastgan.stack`."""
+        return self.conv_block
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in and out."""
@@ -108,9 +114,14 @@ class ResnetGenerator(nn.Module):
         self.model = nn.Sequential(*layers)
         skip_idle_biases(self)
 
+    @property
+    def line(self) -> nn.Sequential:
+        """The layers one after the other; see `fastgan.stack`."""
+        return self.model
+
     def forward(self, x: Tensor) -> Tensor:
         """Translate x; ValueError where the size is not a multiple of 4 or below 8 pixels (reflection)."""
         if x.shape[-1] % 4 or x.shape[-2] % 4:
             size = tuple(x.shape[-2:])
             raise ValueError(f"ResnetGenerator: height and width must be multiples of 4, got {size}")
-        return self.model(x)
+        return run_layers([self.line], x) if runs_fused(x) else self.model(x)

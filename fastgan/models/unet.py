@@ -11,11 +11,14 @@ convolution, dropout on levels 4 to levels - 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastgan.layers import Conv2d, ConvTranspose2d, norm_act, skip_idle_biases
 from fastgan.models.resnet import output_layer
+from fastgan.stack import run_layers, runs_fused
 
 
 class UnetBlock(nn.Module):
@@ -59,6 +62,12 @@ class UnetBlock(nn.Module):
         self.model = nn.Sequential(
             *head, down, *middle, *inner_level, nn.ReLU(inplace=True), up, *tail, *drop
         )
+
+    @staticmethod
+    def stacked(blocks: Sequence[UnetBlock], x: Tensor) -> Tensor:
+        """This level of several networks; see `fastgan.stack`."""
+        y = run_layers([block.model for block in blocks], x)
+        return y if blocks[0].outermost or not blocks[0].skips else torch.cat([x, y], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, outer, H, W) to (N, 2 * outer, H, W); without skips or outermost: no concatenation."""
@@ -116,6 +125,11 @@ class UnetGenerator(nn.Module):
         )
         skip_idle_biases(self)
 
+    @property
+    def line(self) -> list[nn.Module]:
+        """The layers one after the other; see `fastgan.stack`."""
+        return [self.model]
+
     def forward(self, x: Tensor) -> Tensor:
         """Translate x; ValueError where the size is not a multiple of 2^levels."""
         if x.shape[-1] % self.multiple or x.shape[-2] % self.multiple:
@@ -123,4 +137,4 @@ class UnetGenerator(nn.Module):
             raise ValueError(
                 f"UnetGenerator: height and width must be multiples of {self.multiple}, got {size}"
             )
-        return self.model(x)
+        return run_layers([self.line], x) if runs_fused(x) else self.model(x)
