@@ -7,6 +7,7 @@ code for that, so that nothing is described twice. Used by the compile-only test
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -86,29 +87,37 @@ class Launch:
         )
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = compile_source(source, target=target, options=parsed.__dict__)
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            cubin.write_bytes(compiled.asm["cubin"])
-            usage = _cuobjdump("-res-usage", cubin)
-            code = _instructions(_cuobjdump("-sass", cubin))
+        cubin = compiled.asm["cubin"]
+        usage = _cuobjdump("-res-usage", cubin)
         number = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
         spills = number["STACK"] + number["LOCAL"]
-        return Compiled(number["REG"], spills, compiled.metadata.shared, *_main_loop(code))
+        return Compiled(number["REG"], spills, compiled.metadata.shared, cubin)
 
 
 @dataclass
 class Compiled:
-    """registers: of a thread. spills: bytes that a thread keeps in memory. shared: bytes of a program.
-
-    code: instructions of the kernel. loop: those of its first innermost loop that multiplies matrices, or
-    else of the longest innermost loop; empty where all loops are unrolled.
-    """
+    """registers: of a thread. spills: bytes that a thread keeps in memory. shared: bytes of a program."""
 
     registers: int
     spills: int
     shared: int
-    code: Counter[str]
-    loop: Counter[str]
+    cubin: bytes
+
+    @functools.cached_property
+    def _instructions(self) -> list[tuple[int, str, int | None]]:
+        # disassembled where somebody asks: a hundred times slower than the rest
+        return _instructions(_cuobjdump("-sass", self.cubin))
+
+    @property
+    def code(self) -> Counter[str]:
+        """Instructions of the kernel."""
+        return Counter(name for _, name, _ in self._instructions)
+
+    @property
+    def loop(self) -> Counter[str]:
+        """Instructions of the first innermost loop that multiplies matrices, or else of the longest innermost
+        loop; empty where all loops are unrolled."""
+        return _main_loop(self._instructions)
 
 
 def count(code: Counter[str], *names: str) -> int:
@@ -116,9 +125,12 @@ def count(code: Counter[str], *names: str) -> int:
     return sum(number for name, number in code.items() if name.split(".")[0] in names)
 
 
-def _cuobjdump(flag: str, cubin: Path) -> str:
-    command = [knobs.nvidia.cuobjdump.path, flag, str(cubin)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _cuobjdump(flag: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, flag, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _instructions(sass: str) -> list[tuple[int, str, int | None]]:
@@ -132,7 +144,7 @@ def _instructions(sass: str) -> list[tuple[int, str, int | None]]:
     return found
 
 
-def _main_loop(code: list[tuple[int, str, int | None]]) -> tuple[Counter[str], Counter[str]]:
+def _main_loop(code: list[tuple[int, str, int | None]]) -> Counter[str]:
     spans = [(target, address) for address, _, target in code if target is not None and target < address]
     loops = [
         Counter(name for address, name, _ in code if begin <= address <= end)
@@ -141,7 +153,7 @@ def _main_loop(code: list[tuple[int, str, int | None]]) -> tuple[Counter[str], C
     ]
     products = [loop for loop in loops if count(loop, *PRODUCTS)]
     main = products[:1] or sorted(loops, key=lambda loop: -loop.total())[:1]
-    return Counter(name for _, name, _ in code), main[0] if main else Counter()
+    return main[0] if main else Counter()
 
 
 @contextlib.contextmanager

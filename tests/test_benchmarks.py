@@ -242,7 +242,9 @@ def test_flop_are_those_that_torch_counts(work):
 
 def pytest_in(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # a worker of pytest-xdist would hand down that it is one, where nothing may be timed
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @without_gpu

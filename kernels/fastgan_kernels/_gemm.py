@@ -273,6 +273,12 @@ def tiles(
     # of float32, copies of the operands are transposed in shared memory
     area, room = (128 * 256, 192) if itemsize == 2 else (128 * 128, 128)
     shapes = [(m, n) for m in heights for n in _blocks_of(columns) if m * n <= area]
+    if capability[0] not in (9, 10):
+        # eight warps of it spill registers, four have too many accumulators each
+        shapes = [shape for shape in shapes if shape != (64, 256)]
+    if kind == "input_gradient" and not tma:
+        # the sums of a norm at mirrored pixels leave no registers for wider ones on Ampere
+        shapes = [(m, n) for m, n in shapes if n <= 128]
     found = []
     # of equal ones the larger block, which reads less
     for m, n in sorted(shapes, key=lambda shape: (cost(*shape), -shape[0] * shape[1]))[:8]:
@@ -284,7 +290,7 @@ def tiles(
         stages = 96 * 1024 // stage
         if stages < 3 and capability[0] in (9, 10):
             stages = room * 1024 // stage
-        # a warp group of Hopper holds 64 rows of 256 columns; elsewhere these are too many registers
+        # a warp group of Hopper holds 64 rows of 256 columns
         few = m * n < 128 * 128 or (m == 64 and capability[0] == 9)
         found.append(Tile(m, n, block_k, 4 if few else 8, min(4, stages)))
     return found

@@ -38,9 +38,10 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def whole_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is split into parts, which the few blocks of a test would ask for, unless the test wants it."""
+def plain_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product is split, which the few blocks of a test would ask for, and no tile is measured."""
     monkeypatch.setattr(_gemm, "PROCESSORS", 1)
+    monkeypatch.setenv("FASTGAN_AUTOTUNE", "0")
 
 
 def random(*shape: int, device: str) -> Tensor:
@@ -216,16 +217,16 @@ def test_transposed(kernel, pad, extra, inputs, outputs, height, width, tma, dev
     close(sums(partial), exact_sums(expected, expected))
 
 
-# conv, act, norm, affine, dropout
+# conv, samples, act, norm, affine, dropout
 PENDING = [
-    ("reflect", "relu", True, False, 0.0),
-    ("deep", "leaky_relu", True, True, 0.0),
-    ("replicate", "leaky_relu", True, True, 0.4),
-    ("stride", "tanh", True, True, 0.3),
-    ("even", "relu", False, True, 0.0),
-    ("smallest", "none", True, False, 0.0),
-    ("narrow", "relu", True, False, 0.5),
-    ("narrow zeros", "none", False, False, 0.0),
+    ("reflect", 2, "relu", True, False, 0.0),
+    ("deep", 2, "leaky_relu", True, True, 0.0),
+    ("replicate", 4, "leaky_relu", True, True, 0.4),
+    ("stride", 2, "tanh", True, True, 0.3),
+    ("even", 2, "relu", False, True, 0.0),
+    ("smallest", 4, "none", True, False, 0.0),
+    ("narrow", 2, "relu", True, False, 0.5),
+    ("narrow zeros", 2, "none", False, False, 0.0),
 ]
 
 
@@ -257,12 +258,12 @@ def exact_pending(g: Tensor, z: Tensor, pending: Pointwise) -> Tensor:
 
 @kernels
 @pytest.mark.parametrize("tma", [True, False])
-@pytest.mark.parametrize("name, act, norm, affine, p", PENDING)
-def test_sums_of_a_pending_norm(name, act, norm, affine, p, tma, device):
+@pytest.mark.parametrize("name, n, act, norm, affine, p", PENDING)
+def test_sums_of_a_pending_norm(name, n, act, norm, affine, p, tma, device):
     conv = CONVS[name]
-    _, weight, dz = problem(conv, device, n=4)
-    z = random(4, conv.height, conv.width, conv.inputs, device=device)
-    pending = pending_of(conv, 4, act, norm, affine, p, device)
+    _, weight, dz = problem(conv, device, n)
+    z = random(n, conv.height, conv.width, conv.inputs, device=device)
+    pending = pending_of(conv, n, act, norm, affine, p, device)
     rows, packed = conv.output.write(dz), conv.pack(weight)
     g, partial = _gemm.input_gradient(rows, packed, conv, pending=pending, z=z, tma=tma)
     assert torch.equal(g, _gemm.input_gradient(rows, packed, conv, tma=tma)[0])
@@ -282,8 +283,8 @@ def test_sums_of_a_pending_norm_in_parts(device):
     close(sums(partial), exact_pending(folded, image(z), pending))
 
 
-# few pixels and many weights, as deep in a U-Net: k is split, and a second launch adds the parts
-SPLIT = Conv(2, 4, 16, 64, 4, 2, 1, "zeros")
+# as deep in a U-Net, but of two blocks of rows: k is split, and a second launch adds the parts
+SPLIT = Conv(12, 4, 16, 64, 4, 2, 1, "zeros")
 
 
 @kernels
@@ -317,9 +318,9 @@ def test_split_product(tma, device, monkeypatch):
 @pytest.mark.parametrize("tma", [True, False])
 def test_split_weight_gradient(tma, device, monkeypatch):
     monkeypatch.setattr(_gemm, "PROCESSORS", 10**6)
-    # 272 rows of two images: 34 steps of 16 rows in four parts of nine
-    conv = Conv(14, 15, 9, 9, 3, 1, 1, "zeros")
-    x, weight, dz = problem(conv, device, n=4)
+    # 272 rows of each image: 17 steps of 16 rows, in two parts of nine
+    conv = Conv(16, 17, 9, 9, 1, 1, 0, "zeros")
+    x, weight, dz = problem(conv, device)
     rows, dz_rows = conv.input.write(x), conv.output.write(dz)
     weight.requires_grad_()
     expected = torch.autograd.grad(exact(conv, x, weight), weight, dz)[0]
