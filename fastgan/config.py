@@ -20,7 +20,17 @@ FREE_ON_RESUME = {
     *("log_every", "sample_every", "save_every", "keep", "tensorboard"),
 }
 AT_LEAST_ONE = (
-    *("load_size", "crop_size", "ngf", "ndf", "n_critic", "batch_size", "steps", "lr_decay_epochs"),
+    *(
+        "load_size",
+        "crop_size",
+        "ngf",
+        "ndf",
+        "n_critic",
+        "batch_size",
+        "accumulate",
+        "steps",
+        "lr_decay_epochs",
+    ),
     *("log_every", "sample_every", "save_every", "keep", "threads", "channels", "channels_b", "max_images"),
 )
 AT_LEAST_ZERO = (
@@ -85,6 +95,7 @@ class Config:
     beta1: float = 0.5  # Adam
     beta2: float = 0.999  # Adam
     batch_size: int = 1  # images per domain and update
+    accumulate: int = 1  # batches whose gradients are added up for one update
     epochs: int = 100  # epochs at the full learning rate
     epochs_decay: int = 100  # epochs of decay after that (linear)
     steps: int | None = None  # train this many steps in all; the schedule is spread over them

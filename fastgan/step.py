@@ -4,14 +4,19 @@ generator.
 Everything that changes from step to step lives here (networks, optimisers, pool, EMA) and can be saved and
 restored exactly; the random draws of a step depend on its number and the seed alone, except dropout and the
 gradient penalty, which use torch's generator.
+
+`Step._body` is the whole of it as work on tensors: whatever a step decides by numbers (learning rates, the
+pool's draws, the images) lies in tensors that are filled before. So on a GPU it is recorded as a CUDA graph
+and replayed. The body yields where ranks have to talk to each other; each piece between is a graph.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +24,45 @@ from torch import Tensor, nn
 
 from fastgan.config import Config
 from fastgan.data.pool import ImagePool
+from fastgan.graph import Recorder
 from fastgan.layers import place
 from fastgan.recipes.base import Batch, Nets, Recipe, Terms
+
+WARM_UP = 3  # steps before the recording: they train, choose kernels and fill the allocator
+Between = Callable[[], None]  # what ranks do between two pieces of a step
+Loss = Callable[[Nets, Batch, Batch], tuple[Tensor, Terms]]
+
+
+class Ranks(Protocol):
+    """The processes that train together; see `fastgan.parallel`."""
+
+    rank: int
+    size: int
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Mean over the ranks, in place."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(N, ...) of every rank as (size * N, ...)."""
+        ...
+
+
+class Report(NamedTuple):
+    """Scalars of one step: their names, and one tensor with their values."""
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    def terms(self) -> Terms:
+        """By name; a copy, since a recorded step writes the same memory again."""
+        return dict(zip(self.names, self.values.clone().unbind()))
+
+
+class Recording(NamedTuple):
+    """A recorded step: its pieces with what follows each, and its scalars."""
+
+    pieces: list[tuple[Callable[[], None], Between | None]]
+    report: Report
 
 
 def lr_factor(config: Config, epoch: int) -> float:
@@ -69,7 +111,10 @@ class Step:
         nets: networks by name, as `recipe.networks` makes them; moved to `device` in place.
         device: where to compute.
         autocast: torch.bfloat16 for mixed precision, None for the dtype of the parameters.
-        compile: torch.compile every network.
+        compile: torch.compile the recipe's functions.
+        capture: record the step as CUDA graphs where that is possible; `note` says why it is not.
+        ranks: the processes that share every update, None for one.
+        fixed_size: all images have one size.
     """
 
     def __init__(
@@ -80,48 +125,77 @@ class Step:
         device: torch.device,
         autocast: torch.dtype | None = None,
         compile: bool = False,
+        capture: bool = False,
+        ranks: Ranks | None = None,
+        fixed_size: bool = True,
     ) -> None:
         self.recipe, self.config, self.device, self.autocast = recipe, recipe.config, device, autocast
+        self.ranks = ranks
         self.nets = {name: place(net, device).train() for name, net in nets.items()}
         self.ema: Nets = {}
         if self.config.ema > 0:
             self.ema = {
                 k: copy.deepcopy(self.nets[k]).eval().requires_grad_(False) for k in recipe.generators
             }
+        self.note = ""
+        self._recorder = self._make_recorder(fixed_size) if capture else None
+        self._recordings: dict[bool, Recording] = {}
+        self._inputs: list[Batch] = []
+        self._plan: Tensor | None = None
+        self._warm = 0
         config = self.config
         lr_d = config.lr if config.lr_d is None else config.lr_d
-        self.optimizers = {
-            "G": self._optimizer(recipe.generators, config.lr),
-            "D": self._optimizer(recipe.discriminators, lr_d),
-        }
         self.base_lr = {"G": config.lr, "D": lr_d}
+        self.members = {"G": recipe.generators, "D": recipe.discriminators}
+        self.optimizers = {name: self._optimizer(name) for name in self.members}
         # a pair is pooled as one image, so that a stored fake keeps the input it was made from
         keys = ("pair",) if recipe.paired else ("A", "B")
-        self.pools = {key: ImagePool(config.pool_size) for key in keys}
+        self.pools = {key: ImagePool(config.pool_size, fixed_size=fixed_size) for key in keys}
+        self._translation: Callable[[Nets, Batch], Batch] = recipe.translate
+        self._generator_loss: Loss = recipe.generator_loss
+        self._discriminator_loss: Loss = recipe.discriminator_loss
         if compile:
-            for net in self.nets.values():
-                net.compile(dynamic=False)
+            self._translation = torch.compile(recipe.translate, dynamic=False)
+            self._generator_loss = torch.compile(recipe.generator_loss, dynamic=False)
+            self._discriminator_loss = torch.compile(recipe.discriminator_loss, dynamic=False)
 
-    def _optimizer(self, names: Sequence[str], lr: float) -> torch.optim.Optimizer:
-        params = [p for name in names for p in self.nets[name].parameters()]
+    def _make_recorder(self, fixed_size: bool) -> Recorder | None:
+        if self.device.type != "cuda":
+            return None
+        if not fixed_size:
+            self.note = (
+                "no CUDA graph: the images have unequal sizes; --preprocess with a crop makes them equal"
+            )
+        elif self.ranks is not None and self.config.norm == "batch":
+            self.note = "no CUDA graph: batch norm over several GPUs waits for the others within a network"
+        else:
+            return Recorder(self.device)
+        return None
+
+    def _parameters(self, group: str) -> dict[str, nn.Parameter]:
+        """Parameters of the generators (G) or discriminators (D) by network and name."""
+        nets = {name: self.nets[name] for name in self.members[group]}
+        return {f"{name}.{key}": p for name, net in nets.items() for key, p in net.named_parameters()}
+
+    def _optimizer(self, group: str) -> torch.optim.Optimizer:
+        params = list(self._parameters(group).values())
+        recorded = self._recorder is not None
+        # a number would be part of the recording
+        lr = torch.tensor(self.base_lr[group], device=self.device) if recorded else self.base_lr[group]
         if self.config.optimizer == "rmsprop":
-            return torch.optim.RMSprop(params, lr=lr)
+            return torch.optim.RMSprop(params, lr=lr, capturable=recorded)
         fused = self.device.type in ("cpu", "cuda")
-        return torch.optim.Adam(params, lr=lr, betas=(self.config.beta1, self.config.beta2), fused=fused)
-
-    def _cast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-
-    def _members(self, names: Sequence[str]) -> list[nn.Module]:
-        return [self.nets[name] for name in names]
+        betas = (self.config.beta1, self.config.beta2)
+        return torch.optim.Adam(params, lr=lr, betas=betas, fused=fused, capturable=recorded)
 
     def __call__(
         self, batches: Sequence[Batch], index: int, lr_factor: float = 1.0, *, watch: bool = False
     ) -> Terms:
-        """Update every network once (the discriminators once per batch).
+        """Update every network once (the discriminators n_critic times).
 
         Args:
-            batches: n_critic batches of images (N, C, H, W) on the device.
+            batches: n_critic * accumulate batches of images (N, C, H, W) on the device; the gradients of
+                each `accumulate` of them are added up for one update.
             index: number of this step; with the seed it decides the draws of the history pool.
             lr_factor: factor of both learning rates.
             watch: also measure gradient norms and the spread of the fakes.
@@ -130,84 +204,209 @@ class Step:
             Detached scalars on the device by name; reading one waits for the device.
 
         Raises:
-            ValueError: another number of batches than n_critic.
+            ValueError: another number of batches than n_critic * accumulate.
         """
-        if len(batches) != self.config.n_critic:
-            raise ValueError(f"Step: needs n_critic = {self.config.n_critic} batches, got {len(batches)}")
+        c = self.config
+        if len(batches) != c.n_critic * c.accumulate:
+            rule = f"n_critic * accumulate = {c.n_critic * c.accumulate} batches"
+            raise ValueError(f"Step: needs {rule}, got {len(batches)}")
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self.base_lr[name] * lr_factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(self.base_lr[name] * lr_factor)
+                else:
+                    group["lr"] = self.base_lr[name] * lr_factor
+        plan = self._draw(len(batches), len(batches[0]["A"]), index)
+        if self._recorder is None:
+            return self._run(self._body(batches, plan, watch)).terms()
+        return self._replay(self._recorder, batches, plan, watch)
+
+    def _draw(self, batches: int, images: int, index: int) -> Tensor:
+        """The pools' plans for the batches of a step, int64 (batches, pools, 2, images of all ranks)."""
         rng = np.random.default_rng([self.config.seed, 1, index])
+        images *= 1 if self.ranks is None else self.ranks.size
+        m = self.config.accumulate
+        plans: list[list[np.ndarray]] = []
+        for _ in range(batches // m):
+            # pool by pool, so that m batches are drawn for like one large one
+            drawn = [[pool.plan(images, rng) for _ in range(m)] for pool in self.pools.values()]
+            plans += [list(of_batch) for of_batch in zip(*drawn)]
+        plan = torch.from_numpy(np.array(plans))
+        return plan.pin_memory() if self.device.type == "cuda" else plan
+
+    def _run(self, body: Generator[Between, None, Report]) -> Report:
+        while True:
+            try:
+                between = next(body)
+            except StopIteration as end:
+                return end.value
+            between()
+
+    def _replay(self, recorder: Recorder, batches: Sequence[Batch], plan: Tensor, watch: bool) -> Terms:
+        if self._warm < WARM_UP:
+            self._warm += 1
+            found: list[Report] = []
+            # watching, so that nothing is done for the first time in the recording
+            recorder.warm_up(lambda: found.append(self._run(self._body(batches, plan, True))))
+            return found[0].terms()
+        if self._plan is None:
+            self._inputs = [{k: torch.empty_like(v) for k, v in batch.items()} for batch in batches]
+            self._plan = torch.empty_like(plan, device=self.device)
+        for mine, given in zip(self._inputs, batches):
+            for key, image in given.items():
+                mine[key].copy_(image)
+        self._plan.copy_(plan, non_blocking=True)
+        if watch not in self._recordings:
+            try:
+                self._recordings[watch] = self._record(recorder, watch)
+            except RuntimeError as error:
+                self._recorder, self._recordings = None, {}
+                self.note = f"no CUDA graph: {str(error).splitlines()[0]}"
+                return self._run(self._body(batches, plan, watch)).terms()
+        recording = self._recordings[watch]
+        for piece, between in recording.pieces:
+            piece()
+            if between is not None:
+                between()
+        return recording.report.terms()
+
+    def _record(self, recorder: Recorder, watch: bool) -> Recording:
+        assert self._plan is not None
+        body = self._body(self._inputs, self._plan, watch)
+        pieces: list[tuple[Callable[[], None], Between | None]] = []
+        report: list[Report] = []
+        while not report:
+            after: list[Between] = []
+
+            def work(after: list[Between] = after) -> None:
+                try:
+                    after.append(next(body))
+                except StopIteration as end:
+                    report.append(end.value)
+
+            pieces.append((recorder.record(work), after[0] if after else None))
+        return Recording(pieces, report[0])
+
+    def _body(self, batches: Sequence[Batch], plan: Tensor, watch: bool) -> Generator[Between, None, Report]:
+        """The step as work on tensors; yields what ranks do before it may go on."""
+        m = self.config.accumulate
+        plan = plan.to(self.device, non_blocking=True) if self.pools_are_fixed else plan
+        groups = [(batches[i : i + m], plan[i : i + m]) for i in range(0, len(batches), m)]
         terms: Terms = {}
         if self.recipe.order == "g-first":
-            # one context for both: autocast keeps the cast weights until its outermost end
-            with self._cast():
-                fakes = self._translate(batches[0], grad=True)
-                loss, terms = self._generator_loss(batches[0], fakes)
-            terms |= self._update_generators(loss, watch)
-            terms |= self._update_discriminators(batches[0], fakes, rng, watch)
-            for batch in batches[1:]:
-                terms |= self._update_discriminators(batch, self._translate(batch, grad=False), rng, watch)
+            first = groups[0][0]
+            fakes, terms = yield from self._update_generators(first, None, watch)
+            for group, plans in groups:
+                made = fakes if group is first else [self._translate(b, grad=False) for b in group]
+                terms |= yield from self._update_discriminators(group, made, plans, watch)
         else:
-            for batch in batches:
-                fakes = self._translate(batch, grad=batch is batches[-1])
-                terms |= self._update_discriminators(batch, fakes, rng, watch)
-            loss, found = self._generator_loss(batches[-1], fakes)
-            terms |= found | self._update_generators(loss, watch)
+            for group, plans in groups:
+                last = group is groups[-1][0]
+                fakes = [self._translate(batch, grad=last) for batch in group]
+                terms |= yield from self._update_discriminators(group, fakes, plans, watch)
+            first, made = groups[-1][0], fakes
+            fakes, found = yield from self._update_generators(first, made, watch)
+            terms |= found
         if watch:
-            terms |= self._spread(batches[0 if self.recipe.order == "g-first" else -1], fakes)
-        return terms
+            terms |= self._spread(first[0], fakes[0])
+        report = Report(tuple(terms), torch.stack(list(terms.values())))
+        if self.ranks is not None and watch:
+            yield self._averaging([report.values])
+        return report
+
+    @property
+    def pools_are_fixed(self) -> bool:
+        """Whether the pools carry out their plans on the device."""
+        return all(pool.fixed_size for pool in self.pools.values())
+
+    def _averaging(self, tensors: list[Tensor]) -> Between:
+        ranks = self.ranks
+        assert ranks is not None
+        return lambda: ranks.average(tensors)
+
+    def _cast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def _translate(self, batch: Batch, *, grad: bool) -> Batch:
         with self._cast(), torch.set_grad_enabled(grad):
-            return self.recipe.translate(self.nets, batch)
+            return self._translation(self.nets, batch)
 
-    def _generator_loss(self, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
-        with frozen(self._members(self.recipe.discriminators)), self._cast():
-            return self.recipe.generator_loss(self.nets, batch, fakes)
-
-    def _update_generators(self, loss: Tensor, watch: bool) -> Terms:
-        optimizer = self.optimizers["G"]
+    def _update_generators(
+        self, group: Sequence[Batch], made: Sequence[Batch] | None, watch: bool
+    ) -> Generator[Between, None, tuple[list[Batch], Terms]]:
+        """One update from a group of batches; returns their fakes, detached."""
+        optimizer, shown, found = self.optimizers["G"], [], []
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        judges = [self.nets[name] for name in self.recipe.discriminators]
+        for i, batch in enumerate(group):
+            # one context for both: autocast keeps the cast weights until its outermost end
+            with self._cast():
+                fakes = self._translate(batch, grad=True) if made is None else made[i]
+                with frozen(judges):
+                    loss, terms = self._generator_loss(self.nets, batch, fakes)
+            (loss / len(group) if len(group) > 1 else loss).backward()
+            shown.append({k: v.detach() for k, v in fakes.items() if k in batch})
+            found.append(terms)
+        yield from self._apply("G")
         self._average()
-        if not watch:
-            return {}
-        return {f"grad_{name}": grad_norm(self.nets[name]) for name in self.recipe.generators}
+        terms = _mean(found)
+        if watch:
+            terms |= {f"grad_{name}": grad_norm(self.nets[name]) for name in self.recipe.generators}
+        return shown, terms
 
     def _update_discriminators(
-        self, batch: Batch, fakes: Batch, rng: np.random.Generator, watch: bool
-    ) -> Terms:
-        optimizer = self.optimizers["D"]
-        shown = self._pooled(batch, {k: v.detach() for k, v in fakes.items()}, rng)
-        with self._cast():
-            loss, terms = self.recipe.discriminator_loss(self.nets, batch, shown)
+        self, group: Sequence[Batch], fakes: Sequence[Batch], plans: Tensor, watch: bool
+    ) -> Generator[Between, None, Terms]:
+        optimizer, found = self.optimizers["D"], []
+        shown = []
+        for batch, made, plan in zip(group, fakes, plans):
+            shown.append((yield from self._pooled(batch, made, plan)))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        for batch, made in zip(group, shown):
+            with self._cast():
+                loss, terms = self._discriminator_loss(self.nets, batch, made)
+            (loss / len(group) if len(group) > 1 else loss).backward()
+            found.append(terms)
+        yield from self._apply("D")
         if self.config.gan_mode == "wgan":
             with torch.no_grad():
-                for group in optimizer.param_groups:
-                    torch._foreach_clamp_min_(group["params"], -self.config.clip)
-                    torch._foreach_clamp_max_(group["params"], self.config.clip)
+                for params in optimizer.param_groups:
+                    torch._foreach_clamp_min_(params["params"], -self.config.clip)
+                    torch._foreach_clamp_max_(params["params"], self.config.clip)
+        terms = _mean(found)
         if watch:
             terms |= {f"grad_{name}": grad_norm(self.nets[name]) for name in self.recipe.discriminators}
         return terms
 
-    def _pooled(self, batch: Batch, fakes: Batch, rng: np.random.Generator) -> Batch:
+    def _apply(self, group: str) -> Generator[Between, None, None]:
+        if self.ranks is not None:
+            yield self._averaging([p.grad for p in self._parameters(group).values() if p.grad is not None])
+        self.optimizers[group].step()
+
+    def _pooled(self, batch: Batch, fakes: Batch, plan: Tensor) -> Generator[Between, None, Batch]:
+        """What the discriminators are shown: fakes of now and before; a pair brings the input it was made
+        from."""
+        fakes = {key: fakes[key].detach() for key in sorted(fakes) if key in batch}
         if self.config.pool_size == 0:
             return fakes
-
-        def query(key: str, images: Tensor) -> Tensor:
-            # a restored pool may lie in another layout than a running one: the arithmetic must not notice
-            return self.pools[key].query(images, rng).contiguous(memory_format=torch.channels_last)
-
         if not self.recipe.paired:
-            return {key: query(key, fakes[key]) for key in sorted(fakes)}
+            out = {}
+            for key, mine in zip(self.pools, plan):
+                out[key] = yield from self._query(key, fakes[key], mine)
+            return out
         a, b = batch["A"], fakes["B"]
-        pair = query("pair", torch.cat([a, b.to(a.dtype)], 1))
+        pair = yield from self._query("pair", torch.cat([a, b.to(a.dtype)], 1), plan[0])
         return {"A": pair[:, : a.shape[1]], "B": pair[:, a.shape[1] :]}
+
+    def _query(self, key: str, images: Tensor, plan: Tensor) -> Generator[Between, None, Tensor]:
+        ranks, count = self.ranks, len(images)
+        if ranks is None:
+            return self.pools[key].exchange(images, plan)
+        # every rank keeps the whole pool, as one process with all the images would
+        everyone = images.new_empty((ranks.size * count, *images.shape[1:]))
+        yield lambda: (everyone.copy_(ranks.gather(images)), None)[1]
+        chosen = self.pools[key].exchange(everyone, plan)
+        return chosen[ranks.rank * count : (ranks.rank + 1) * count]
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -226,31 +425,44 @@ class Step:
         return {f"diversity_{k}": v.detach().float().std(0).mean() / spread[k] for k, v in fakes.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors besides the networks that the next steps depend on, by name."""
+        """All tensors besides the networks that the next steps depend on, by name: those of the optimisers as
+        `optimizer.NETWORK.PARAMETER.KEY`, so that a network can be taken out with what belongs to it."""
         out = {}
-        for name, optimizer in self.optimizers.items():
+        for group, optimizer in self.optimizers.items():
+            names = list(self._parameters(group))
             for i, entry in optimizer.state_dict()["state"].items():
                 for key, value in entry.items():
-                    out[f"optimizer.{name}.{i}.{key}"] = torch.as_tensor(value)
+                    out[f"optimizer.{names[i]}.{key}"] = torch.as_tensor(value)
         for name, pool in self.pools.items():
             out |= {f"pool.{name}.{key}": value for key, value in pool.state().items()}
         return out
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` returned; the networks are loaded by their owner."""
-        for name, optimizer in self.optimizers.items():
-            params = optimizer.param_groups[0]["params"]
+        """Restore what `state` returned; the networks are loaded by their owner.
+
+        A network without a state in it starts with a fresh one.
+        """
+        for group, optimizer in self.optimizers.items():
             entries: dict[int, dict[str, Tensor]] = {}
-            for full, value in state.items():
-                if full.startswith(f"optimizer.{name}."):
-                    _, _, i, key = full.split(".")
-                    if value.shape == params[int(i)].shape:
-                        # in the layout of the parameter: the fused update walks both in memory order
-                        value = torch.empty_like(params[int(i)]).copy_(value)
-                    entries.setdefault(int(i), {})[key] = value
+            for i, (name, p) in enumerate(self._parameters(group).items()):
+                prefix = f"optimizer.{name}."
+                mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                # in the layout of the parameter: the fused update walks both in memory order
+                mine = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v for k, v in mine.items()}
+                if mine:
+                    entries[i] = mine
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": entries, "param_groups": groups})
         for name, pool in self.pools.items():
             prefix = f"pool.{name}."
-            mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            pool.load({k: v.to(self.device) for k, v in mine.items()})
+            found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            pool.load({k: v.to(self.device) for k, v in found.items()})
+        # a recording holds on to the memory of the tensors that were replaced
+        self._recordings, self._warm = {}, 0
+
+
+def _mean(terms: Sequence[Terms]) -> Terms:
+    """The mean of the terms of several batches."""
+    if len(terms) == 1:
+        return dict(terms[0])
+    return {key: torch.stack([found[key] for found in terms]).mean(0) for key in terms[0]}

@@ -76,7 +76,7 @@ def test_cyclegan_losses_by_hand(mode):
     nets = {"G_A": _Shift(-1.0), "G_B": _Shift(2.0), "D_A": _Verdict(), "D_B": _Verdict()}
     batch = {"A": _flat(0.5), "B": _flat(0.25)}
     fakes = recipe.translate(nets, batch)
-    assert set(fakes) == {"A", "B"}
+    assert set(fakes) == {"A", "B", "idt_A", "idt_B"}
     assert_close(fakes["B"], _flat(-0.5))
     assert_close(fakes["A"], _flat(2.25))
 
@@ -276,6 +276,25 @@ def test_the_judge_of_pix2pix_sees_pairs():
     pairs = [torch.cat([batch["A"], batch["B"]], 1), torch.cat([batch["A"], fakes["B"]], 1)]
     assert len(seen) == 2
     assert all(any(torch.equal(pair, x) for x in seen) for pair in pairs)
+
+
+@pytest.mark.parametrize("patch", [1, 16])
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+def test_pairs_that_share_a_condition_are_judged_like_any_pair(norm, patch):
+    recipe, nets, batch = _pix2pix(norm=norm, patch=patch)
+    images = [batch["B"], batch["B"].flip(0), batch["B"] * 0.5]
+    found = nets["D"].compare(batch["A"], images)
+    for verdict, image in zip(found, images, strict=True):
+        assert_close(verdict, nets["D"](torch.cat([batch["A"], image], 1)), **CLOSE)
+    pairs = [nets["D"](torch.cat([batch["A"], image], 1)) for image in images]
+    parameters = list(nets["D"].parameters())
+    grads = [
+        # the bias in front of an instance norm has no gradient
+        torch.autograd.grad(sum((v * v).sum() for v in verdicts), parameters, allow_unused=True)
+        for verdicts in (found, pairs)
+    ]
+    for ours, expected in zip(*grads):
+        assert_close(ours, expected, **CLOSE)
 
 
 def test_the_judge_a_of_cyclegan_sees_domain_b():

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from fastgan import stack
 from fastgan.recipes.cyclegan import CycleGANConfig
 from fastgan.recipes.pix2pix import Pix2PixConfig
 from tests.system_cases import (
@@ -58,6 +59,44 @@ CYCLEGAN_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CYCLEGAN_CASES)
 def test_cyclegan_is_the_reference(case):
     assert_five_steps(CycleGANConfig(**{**CYCLE, **CYCLEGAN_CASES[case]}))
+
+
+STACKED = (
+    "plain",
+    "identity",
+    "pixel",
+    "wgan-gp",
+    "n_critic",
+    "batch-norm",
+    "no-norm",
+    "unet",
+    "pool-not-full",
+)
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_two_networks_in_one_pass_are_the_reference(case, monkeypatch):
+    """What a GPU runs: both generators, and both discriminators, as two weight sets of one network; real and
+    identity images of both domains in one pass. Where batch norm mixes a batch, it may not be."""
+    monkeypatch.setattr(stack, "runs_fused", lambda x: True)
+    passes: list[tuple[int, int]] = []
+    run = stack.run_layers
+
+    def counted(lines, x):
+        if hasattr(lines[0][0], "line"):  # networks, not their inside
+            passes.append((len(lines), len(x)))
+        return run(lines, x)
+
+    monkeypatch.setattr(stack, "run_layers", counted)
+    for module in ("resnet", "unet", "patchgan"):
+        monkeypatch.setattr(f"fastgan.models.{module}.runs_fused", lambda x: True)
+    config = CycleGANConfig(**{**CYCLE, **CYCLEGAN_CASES[case]})
+    assert_five_steps(config)
+    if case == "identity":
+        # batch 2: level one, D in the generators' step, level two, D
+        assert passes == [(2, 8), (2, 4), (2, 4), (2, 8)] * 5
+    if case == "batch-norm":
+        assert not passes
 
 
 def test_cyclegan_batch_of_one():
