@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgan.layers import Conv2d, norm_act, skip_idle_biases
-from fastgan.stack import run_layers, runs_fused
+from fastgan.stack import run_line
 
 # receptive field in pixels -> number of convolutions with stride 2
 LAYERS = {16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
@@ -35,6 +35,8 @@ class PatchDiscriminator(nn.Module):
     Raises:
         ValueError: another receptive field.
     """
+
+    memory = "fast"
 
     def __init__(
         self, in_channels: int, *, ndf: int = 64, receptive_field: int = 70, norm: str = "instance"
@@ -69,4 +71,4 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of x; the smallest side that gives at least one logit is about a third of the receptive
         field."""
-        return run_layers([self.line], x) if runs_fused(x) else self.line(x)
+        return run_line(self, x)
