@@ -7,14 +7,17 @@ launch reads them stacked.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from fastgan_kernels import conv_norm_act, conv_transpose_norm_act, residual_block
 from fastgan_kernels._op import runs_kernel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgan.layers import norm_options, padding
 
@@ -23,8 +26,32 @@ CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 NORMS = (nn.InstanceNorm2d, nn.BatchNorm2d)
 ACTS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh"}
 ORDER = ("pad", "conv", "norm", "act", "dropout")
+# what is kept for the backward pass: everything; without the laid-out activations of the fused ops; the input
+# of every piece alone, so that pieces are computed again
+MEMORY = ("fast", "low", "least")
+GROUP = 3  # residual blocks in a piece
 # modules of the same place in each network
 Same = tuple[Any, ...]
+
+
+def set_memory(nets: Iterable[nn.Module], memory: str) -> None:
+    """Choose what networks keep for their backward pass; losses and gradients do not depend on it.
+
+    Args:
+        nets: networks of `fastgan.models`.
+        memory: "fast" keeps everything; "low" lays the inputs of the fused ops out again (elsewhere it is
+            "fast"); "least" also computes each piece (a convolution and what follows it, or three residual
+            blocks) a second time.
+
+    Raises:
+        ValueError: another name.
+    """
+    if memory not in MEMORY:
+        raise ValueError(f"set_memory: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+    for net in nets:
+        for module in net.modules():
+            if hasattr(module, "memory"):
+                module.memory = memory  # type: ignore[assignment]
 
 
 def run_together(
@@ -47,7 +74,9 @@ def run_together(
     single = all(len(parts) == 1 for _, parts, _ in joined)
     wanted = runs_fused(inputs[0]) if stack is None else stack
     if len(calls) > 1 and wanted and single and stackable(nets) and len({x.shape for x in inputs}) == 1:
-        outputs = [[y] for y in run_layers([[net] for net in nets], torch.cat(inputs)).chunk(len(nets))]
+        memory = getattr(nets[0], "memory", "fast")
+        together = run_layers([[net] for net in nets], torch.cat(inputs), memory)
+        outputs = [[y] for y in together.chunk(len(nets))]
     else:
         outputs = [[net(x) for x in parts] for net, parts, _ in joined]
     return [
@@ -87,27 +116,131 @@ def _architecture(net: nn.Module) -> list[tuple[str, str, tuple[int, ...]]] | No
     return found
 
 
-def run_layers(lines: Sequence[Iterable[nn.Module]], x: Tensor) -> Tensor:
+def run_line(net: Any, x: Tensor) -> Tensor:
+    """The `line` of one network on x, (N, C, H, W): fused where the kernels run, as its `memory` says."""
+    return run_layers([net.line], x, net.memory) if runs_fused(x) else run_plain(net.line, x, net.memory)
+
+
+def run_plain(line: Iterable[nn.Module], x: Tensor, memory: str = "fast") -> Tensor:
+    """Runs a line of layers as they are, (N, C, H, W). memory: see `set_memory`; "low" is "fast" here."""
+    if memory == "least":
+        return _in_pieces([(layer,) for layer in _flat(line)], x, _call)
+    for layer in [line] if isinstance(line, nn.Module) else line:
+        x = layer(x)
+    return x
+
+
+def run_layers(lines: Sequence[Iterable[nn.Module]], x: Tensor, memory: str = "fast") -> Tensor:
     """Runs the same line of layers of S networks on (S * N, C, H, W), the first N samples for the first.
 
     Padding, convolution, norm, activation and dropout that follow each other are one op, and so are residual
     blocks (modules with a `residual_body`). A module with a `line` is its layers, one with a static method
-    `stacked` runs itself; anything else treats all samples alike and is called as it is.
+    `stacked` runs itself; anything else treats all samples alike and is called as it is. memory: see
+    `set_memory`.
     """
     places: list[Same] = list(zip(*(_flat(line) for line in lines), strict=True))
+    return _in_pieces(places, x, _fuse) if memory == "least" else _fuse(places, x, None, memory == "low")
+
+
+def _in_pieces(places: Sequence[Same], x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+    """Runs the pieces one after the other, each computed again in the backward pass."""
+    for piece in _pieces(places):
+        if _keeps_itself(piece[0][0]):
+            x = run(piece, x)
+            continue
+        # drawn here, so that it is the same the second time, and the same for all blocks in a row
+        seed = torch.randint(2**62, (1,), device=x.device) if run is _fuse and _drops(piece) else None
+        size = GROUP if _is_block(piece[0][0]) else len(piece)
+        for at in range(0, len(piece), size):
+            part = piece[at : at + size]
+            x = _again(partial(run, part, seed=None if seed is None else seed + 2 * at), x, part)
+    return x
+
+
+def _pieces(places: Sequence[Same]) -> Iterator[list[Same]]:
+    """Blocks in a row; a convolution and its run, with what stands before it; what keeps by itself."""
+    at, start = 0, 0
+    while at < len(places):
+        run, alone = len(_run(places, at)), _keeps_itself(places[at][0])
+        if alone or _is_block(places[at][0]):
+            if start < at:
+                yield list(places[start:at])
+            start = at
+            run = 1 if alone else sum(1 for _ in itertools.takewhile(lambda p: _is_block(p[0]), places[at:]))
+        at += max(1, run)
+        if run:
+            yield list(places[start:at])
+            start = at
+    if start < len(places):
+        yield list(places[start:])
+
+
+def _is_block(module: nn.Module) -> bool:
+    return hasattr(module, "residual_body")
+
+
+def _keeps_itself(module: nn.Module) -> bool:
+    """A level runs its own pieces; what works in place keeps its output, which is the input that follows."""
+    return hasattr(module, "stacked") or getattr(module, "inplace", False)
+
+
+def _drops(piece: Sequence[Same]) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.training for (first, *_) in piece for m in first.modules())
+
+
+def _call(places: Sequence[Same], x: Tensor, seed: Tensor | None = None) -> Tensor:
+    for (layer,) in places:
+        x = layer(x)
+    return x
+
+
+def _again(function: Callable[[Tensor], Tensor], x: Tensor, piece: Sequence[Same]) -> Tensor:
+    """function(x), of which x alone is kept: it is computed again in the backward pass."""
+    if torch.compiler.is_compiling():
+        # what follows is the compiler's own business there
+        return checkpoint(function, x, use_reentrant=False)
+    # the fused ops have their seed; and to read the state of a GPU's generator would end a capture
+    random = _drops(piece) and not runs_fused(x)
+    second = _Second([module for same in piece for each in same for module in each.modules()])
+    return checkpoint(
+        function, x, use_reentrant=False, preserve_rng_state=random,
+        context_fn=lambda: (contextlib.nullcontext(), second),
+    )  # fmt: skip
+
+
+class _Second:
+    """While modules compute again: the running statistics have seen the batch.
+
+    Entered for every backward pass: a gradient penalty has two.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+
+    def __enter__(self) -> None:
+        for norm, _, _ in self.norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        for norm, momentum, number in self.norms:
+            norm.momentum, norm.num_batches_tracked = momentum, number
+
+
+def _fuse(places: Sequence[Same], x: Tensor, seed: Tensor | None = None, recompute: bool = False) -> Tensor:
     at = 0
     while at < len(places):
         same = places[at]
-        if hasattr(same[0], "residual_body"):
-            blocks = list(itertools.takewhile(lambda p: hasattr(p[0], "residual_body"), places[at:]))
-            x = _run_blocks(blocks, x)
+        if _is_block(same[0]):
+            blocks = list(itertools.takewhile(lambda p: _is_block(p[0]), places[at:]))
+            x = _run_blocks(blocks, x, seed, recompute)
             at += len(blocks)
         elif hasattr(same[0], "stacked"):
             x = type(same[0]).stacked(same, x)
             at += 1
         else:
             run = _run(places, at)
-            x = _convolve(run, x) if run else same[0](x)
+            x = _convolve(run, x, seed, recompute) if run else same[0](x)
             at += max(1, len(run))
     return x
 
@@ -170,8 +303,9 @@ def _options(same: dict[str, Same]) -> dict[str, Any]:
     return options
 
 
-def _convolve(same: dict[str, Same], x: Tensor) -> Tensor:
+def _convolve(same: dict[str, Same], x: Tensor, seed: Tensor | None, recompute: bool) -> Tensor:
     convs, options = same["conv"], _options(same)
+    options |= {"seed": seed, "recompute": recompute}
     weight, bias = _stack([c.weight for c in convs]), _stack([c.bias for c in convs])
     assert weight is not None
     stride = convs[0].stride[0]
@@ -182,7 +316,7 @@ def _convolve(same: dict[str, Same], x: Tensor) -> Tensor:
     return conv_norm_act(x, weight, bias, stride=stride, padding=width, padding_mode=mode, **options)
 
 
-def _run_blocks(places: Sequence[Same], x: Tensor) -> Tensor:
+def _run_blocks(places: Sequence[Same], x: Tensor, seed: Tensor | None, recompute: bool) -> Tensor:
     """Residual blocks in a row, each place a block of every network."""
     halves: list[dict[str, Same]] = []
     for same in places:
@@ -209,5 +343,7 @@ def _run_blocks(places: Sequence[Same], x: Tensor) -> Tensor:
         [w for w in weights if w is not None],
         [b for b in biases if b is not None],
         padding_mode=mode,
+        seed=seed,
+        recompute=recompute,
         **{"norm": "none", **shared},
     )

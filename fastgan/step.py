@@ -27,6 +27,7 @@ from fastgan.data.pool import ImagePool
 from fastgan.graph import Recorder
 from fastgan.layers import place
 from fastgan.recipes.base import Batch, Nets, Recipe, Terms
+from fastgan.stack import set_memory
 
 WARM_UP = 3  # steps before the recording: they train, choose kernels and fill the allocator
 Between = Callable[[], None]  # what ranks do between two pieces of a step
@@ -111,10 +112,11 @@ class Step:
         nets: networks by name, as `recipe.networks` makes them; moved to `device` in place.
         device: where to compute.
         autocast: torch.bfloat16 for mixed precision, None for the dtype of the parameters.
-        compile: torch.compile the recipe's functions.
+        compile: torch.compile the recipe's functions (on a GPU) or the networks.
         capture: record the step as CUDA graphs where that is possible; `note` says why it is not.
         ranks: the processes that share every update, None for one.
         fixed_size: all images have one size.
+        memory: what is kept for the backward pass, see `fastgan.stack.set_memory`.
     """
 
     def __init__(
@@ -128,10 +130,12 @@ class Step:
         capture: bool = False,
         ranks: Ranks | None = None,
         fixed_size: bool = True,
+        memory: str = "fast",
     ) -> None:
         self.recipe, self.config, self.device, self.autocast = recipe, recipe.config, device, autocast
         self.ranks = ranks
         self.nets = {name: place(net, device).train() for name, net in nets.items()}
+        set_memory(self.nets.values(), memory)
         self.ema: Nets = {}
         if self.config.ema > 0:
             self.ema = {
@@ -154,10 +158,14 @@ class Step:
         self._translation: Callable[[Nets, Batch], Batch] = recipe.translate
         self._generator_loss: Loss = recipe.generator_loss
         self._discriminator_loss: Loss = recipe.discriminator_loss
-        if compile:
+        if compile and device.type == "cuda":
+            # around our kernels, so that what lies between them is fused too
             self._translation = torch.compile(recipe.translate, dynamic=False)
             self._generator_loss = torch.compile(recipe.generator_loss, dynamic=False)
             self._discriminator_loss = torch.compile(recipe.discriminator_loss, dynamic=False)
+        elif compile:
+            for net in self.nets.values():
+                net.compile(dynamic=False)
 
     def _make_recorder(self, fixed_size: bool) -> Recorder | None:
         if self.device.type != "cuda":

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "models": {"layers", "stack"},
     "recipes": {"config", "losses", "models", "stack"},
     "graph": set(),
-    "step": {"config", "data", "graph", "layers", "recipes"},
+    "step": {"config", "data", "graph", "layers", "recipes", "stack"},
     "trainer": {"", "device", *LEAVES, "models", "recipes", "step"},
     "train": {*LEAVES, "recipes", "trainer"},
     "translate": {"device", *LEAVES, "layers", "models", "recipes", "trainer"},

@@ -44,7 +44,9 @@ def test_stack_is_the_networks_one_by_one(name, norm, monkeypatch):
     expected = [nets[0](inputs[0]), nets[0](inputs[1]), nets[1](inputs[2]), nets[1](inputs[3])]
     passes = []
     run = stack.run_layers
-    monkeypatch.setattr(stack, "run_layers", lambda lines, x: passes.append(len(lines)) or run(lines, x))
+    monkeypatch.setattr(
+        stack, "run_layers", lambda lines, *args: passes.append(len(lines)) or run(lines, *args)
+    )
     found = run_together([(nets[0], inputs[:2]), (nets[1], inputs[2:])], stack=True)
     # a level of a U-Net runs its inside by the same function
     assert set(passes) == {2}

@@ -8,6 +8,7 @@ PixelGAN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastgan_kernels import conv_norm_act
 from torch import Tensor, nn
 
 from fastgan.layers import Conv2d, norm_act, skip_idle_biases
-from fastgan.stack import run_layers, runs_fused
+from fastgan.stack import run_layers, run_line, run_plain, runs_fused
 
 # receptive field in pixels -> number of convolutions with stride 2
 LAYERS = {16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
@@ -40,6 +41,8 @@ class PatchDiscriminator(nn.Module):
     Raises:
         ValueError: another receptive field.
     """
+
+    memory = "fast"
 
     def __init__(
         self, in_channels: int, *, ndf: int = 64, receptive_field: int = 70, norm: str = "instance"
@@ -74,7 +77,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of x; the smallest side that gives at least one logit is about a third of the receptive
         field."""
-        return run_layers([self.line], x) if runs_fused(x) else self.line(x)
+        return run_line(self, x)
 
     def compare(self, condition: Tensor, images: Sequence[Tensor]) -> list[Tensor]:
         """Logits of the pairs (condition, image) for several images (N, C, H, W) of one condition.
@@ -94,8 +97,6 @@ class PatchDiscriminator(nn.Module):
         else:
             repeated = shared.repeat(len(images), 1, 1, 1)
             heads = [conv_norm_act(torch.cat(list(images)), weight, residual=repeated, **form)]
-        logits = [self._rest(rest, head) for head in heads]
+        run = partial(run_layers, [rest]) if runs_fused(condition) else partial(run_plain, rest)
+        logits = [run(head, self.memory) for head in heads]
         return logits if len(logits) == len(images) else list(logits[0].chunk(len(images)))
-
-    def _rest(self, layers: list[nn.Module], x: Tensor) -> Tensor:
-        return run_layers([layers], x) if runs_fused(x) else nn.Sequential(*layers)(x)

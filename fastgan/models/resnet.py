@@ -19,7 +19,7 @@ from fastgan.layers import (
     norm_act,
     skip_idle_biases,
 )
-from fastgan.stack import run_layers, runs_fused
+from fastgan.stack import run_line
 
 PADDINGS = {"reflect": ReflectionPad2d, "replicate": nn.ReplicationPad2d}
 OUTPUTS = {"tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -88,6 +88,7 @@ class ResnetGenerator(nn.Module):
     """
 
     multiple = 4
+    memory = "fast"
 
     def __init__(
         self,
@@ -124,4 +125,4 @@ class ResnetGenerator(nn.Module):
         if x.shape[-1] % 4 or x.shape[-2] % 4:
             size = tuple(x.shape[-2:])
             raise ValueError(f"ResnetGenerator: height and width must be multiples of 4, got {size}")
-        return run_layers([self.line], x) if runs_fused(x) else self.model(x)
+        return run_line(self, x)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgan.layers import Conv2d, ConvTranspose2d, norm_act, skip_idle_biases
 from fastgan.models.resnet import output_layer
-from fastgan.stack import run_layers, runs_fused
+from fastgan.stack import run_layers, run_line, run_plain
 
 
 class UnetBlock(nn.Module):
@@ -32,6 +32,8 @@ class UnetBlock(nn.Module):
         outermost: activation-free entry and an output layer of `out_channels` instead of the concatenation.
         skips: concatenate input and result.
     """
+
+    memory = "fast"
 
     def __init__(
         self,
@@ -66,12 +68,12 @@ class UnetBlock(nn.Module):
     @staticmethod
     def stacked(blocks: Sequence[UnetBlock], x: Tensor) -> Tensor:
         """This level of several networks; see `fastgan.stack`."""
-        y = run_layers([block.model for block in blocks], x)
+        y = run_layers([block.model for block in blocks], x, blocks[0].memory)
         return y if blocks[0].outermost or not blocks[0].skips else torch.cat([x, y], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, outer, H, W) to (N, 2 * outer, H, W); without skips or outermost: no concatenation."""
-        y = self.model(x)
+        y = run_plain(self.model, x, self.memory)
         return y if self.outermost or not self.skips else torch.cat([x, y], 1)
 
 
@@ -91,6 +93,8 @@ class UnetGenerator(nn.Module):
     Raises:
         ValueError: fewer than 2 levels.
     """
+
+    memory = "fast"
 
     def __init__(
         self,
@@ -137,4 +141,4 @@ class UnetGenerator(nn.Module):
             raise ValueError(
                 f"UnetGenerator: height and width must be multiples of {self.multiple}, got {size}"
             )
-        return run_layers([self.line], x) if runs_fused(x) else self.model(x)
+        return run_line(self, x)
