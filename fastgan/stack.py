@@ -201,20 +201,21 @@ def _again(function: Callable[[Tensor], Tensor], x: Tensor, piece: Sequence[Same
         return checkpoint(function, x, use_reentrant=False)
     # the fused ops have their seed; and to read the state of a GPU's generator would end a capture
     random = _drops(piece) and not runs_fused(x)
-    second = _Second([module for same in piece for each in same for module in each.modules()])
+    second = KeptStatistics(each for same in piece for each in same)
     return checkpoint(
         function, x, use_reentrant=False, preserve_rng_state=random,
         context_fn=lambda: (contextlib.nullcontext(), second),
     )  # fmt: skip
 
 
-class _Second:
-    """While modules compute again: the running statistics have seen the batch.
+class KeptStatistics:
+    """While networks compute a second time: the running statistics have seen the batch.
 
-    Entered for every backward pass: a gradient penalty has two.
+    May be entered more than once: a gradient penalty has two backward passes.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, nets: Iterable[nn.Module]) -> None:
+        modules = [module for net in nets for module in net.modules()]
         norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
 

@@ -27,7 +27,7 @@ from fastgan.data.pool import ImagePool
 from fastgan.graph import Recorder
 from fastgan.layers import place
 from fastgan.recipes.base import Batch, Nets, Recipe, Terms
-from fastgan.stack import set_memory
+from fastgan.stack import KeptStatistics, set_memory
 
 WARM_UP = 3  # steps before the recording: they train, choose kernels and fill the allocator
 Between = Callable[[], None]  # what ranks do between two pieces of a step
@@ -309,11 +309,13 @@ class Step:
                 terms |= yield from self._update_discriminators(group, made, plans, watch)
         else:
             for group, plans in groups:
-                last = group is groups[-1][0]
-                fakes = [self._translate(batch, grad=last) for batch in group]
-                terms |= yield from self._update_discriminators(group, fakes, plans, watch)
-            first, made = groups[-1][0], fakes
-            fakes, found = yield from self._update_generators(first, made, watch)
+                # of several batches the graphs would not fit: the generators' update makes these fakes again
+                last, again = group is groups[-1][0], m > 1
+                with KeptStatistics(self.nets.values() if last and again else ()):
+                    made = [self._translate(batch, grad=last and not again) for batch in group]
+                terms |= yield from self._update_discriminators(group, made, plans, watch)
+            first = groups[-1][0]
+            fakes, found = yield from self._update_generators(first, None if m > 1 else made, watch)
             terms |= found
         if watch:
             terms |= self._spread(first[0], fakes[0])

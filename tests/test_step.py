@@ -47,6 +47,16 @@ def test_accumulated_batches_are_one_large_batch(case):
                 assert_close(mine[key], theirs[key], **CLOSE)
 
 
+def test_accumulation_moves_running_statistics_once_a_batch():
+    once, parts = make("pix2pix", lr=0.0), make("pix2pix", lr=0.0, accumulate=3)
+    images = make_batches(1, 3)[0]
+    for index, batch in enumerate(images):
+        once([batch], index)
+    parts(images, 0)
+    for key, value in once.nets["G"].state_dict().items():
+        assert_close(parts.nets["G"].state_dict()[key], value, **CLOSE)
+
+
 def test_wrong_number_of_batches():
     step = make("cyclegan", n_critic=2, accumulate=3)
     with pytest.raises(ValueError, match=r"n_critic \* accumulate = 6 batches, got 1"):
