@@ -1,8 +1,8 @@
 """adam_step on the parameters of pix2pix (unet_256 and its discriminator) and of CycleGAN's two ResNet-9.
 
-Bytes that must move, per parameter in float32: read p, g, m, v, write p, m, v: 28; gradients in bfloat16: 26; a
-copy of the parameters in bfloat16: 2 more, which the peers write in a pass of their own. Predictions at 4.3 TB/s,
-with copies and gradients in float32, not measured: pix2pix 0.40 ms, CycleGAN 0.16 ms.
+Bytes that must move, per parameter in float32: read p, g, m, v, write p, m, v: 28; gradients in bfloat16: 26;
+a copy of the parameters in bfloat16: 2 more, which the peers write in a pass of their own. Predictions at
+4.3 TB/s, with copies and gradients in float32, not measured: pix2pix 0.40 ms, CycleGAN 0.16 ms.
 """
 
 import pytest
