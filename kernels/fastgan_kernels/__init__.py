@@ -4,6 +4,7 @@ from .adam_step import adam_step
 from .batch_norm_act import batch_norm_act
 from .conv_norm_act import conv_norm_act
 from .conv_transpose_norm_act import conv_transpose_norm_act
+from .crop_images import crop_images
 from .instance_norm_act import instance_norm_act
 from .reflect_pad2d import reflect_pad2d
 from .residual_block import residual_block
@@ -13,6 +14,7 @@ __all__ = [
     "batch_norm_act",
     "conv_norm_act",
     "conv_transpose_norm_act",
+    "crop_images",
     "instance_norm_act",
     "reflect_pad2d",
     "residual_block",
