@@ -10,8 +10,8 @@ float32 results are the same bits. Images are no function of parameters: not dif
 The result is the plain image, with a halo if wanted, and not the unrolled rows (_layout.py) that the first
 7x7 convolution reads: they are 11 times as many values as the image of 3x256x256, its discriminator reads
 others, and the losses read the image itself. To write the rows here as well would save one read of 0.4 MB
-(bfloat16), 0.1 us at 4.3 TB/s. With halo=3 a generator that begins with a reflection pad and a convolution of torch saves
-the pass of the pad.
+(bfloat16), 0.1 us at 4.3 TB/s. With halo=3 a generator that begins with a reflection pad and a convolution
+of torch saves the pass of the pad.
 
 Bytes: those of the crop as stored, once, and those of y. An image of 3x256x256 stored as bytes and written in
 float32: 0.98 MB, 0.23 us at 4.3 TB/s (prediction, not measured): less than a launch takes.
