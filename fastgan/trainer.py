@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from fastgan import __version__, checkpoint
 from fastgan.config import UsageError, changed, flag, read_json, to_json, write_text
-from fastgan.data.dataset import Data, Loader, open_data
+from fastgan.data.dataset import Data, open_data
+from fastgan.data.feed import Loader
 from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
 from fastgan.models import translate_any_size
