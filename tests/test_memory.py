@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastgan import stack
+from benchmarks._measure import peak_memory
+from fastgan import memory, stack
+from fastgan.config import UsageError
+from fastgan.memory import choose, estimate, fit
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
 from fastgan.recipes.base import Recipe
 from fastgan.recipes.cyclegan import CycleGAN, CycleGANConfig
@@ -44,9 +51,9 @@ def test_modes_are_the_same_computation(name):
     torch.manual_seed(0)
     nets = {k: net.double() for k, net in recipe.networks(3, 3).items()}
     found = []
-    for memory in stack.MEMORY:
+    for mode in stack.MEMORY:
         step = Step(recipe, copy.deepcopy(nets), device=CPU)
-        set_memory(step.nets.values(), memory)
+        set_memory(step.nets.values(), mode)
         torch.manual_seed(2)
         terms = [step(batches(recipe, 64 if recipe.paired else 16), index) for index in range(2)]
         state = {f"{k}.{n}": v for k, net in step.nets.items() for n, v in net.state_dict().items()}
@@ -102,15 +109,15 @@ def test_modes_of_one_network(name, fused, monkeypatch):
     net = NETS[name]().double()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
     found, kept = [], []
-    for memory in stack.MEMORY:
+    for mode in stack.MEMORY:
         own = copy.deepcopy(net)
-        set_memory([own], memory)
+        set_memory([own], mode)
         torch.manual_seed(1)
         recompute.clear()
         saved = SavedBytes()
         with saved:
             y = own(x)
-        assert set(recompute) == ({memory == "low"} if fused else set())
+        assert set(recompute) == ({mode == "low"} if fused else set())
         kept.append(saved.total)
         dy = torch.randn(y.shape, dtype=y.dtype)
         leaves = [x, *own.parameters()]
@@ -126,3 +133,93 @@ def test_modes_of_one_network(name, fused, monkeypatch):
 def test_unknown_memory():
     with pytest.raises(ValueError, match="memory must be one of fast, low, least, got 'little'"):
         set_memory([], "little")
+
+
+MEASURED = {
+    "cyclegan": (CycleGAN(CycleGANConfig(ngf=8, ndf=8, blocks=3, patch=16, pool_size=0)), 64),
+    "cyclegan 128, batch norm": (CycleGAN(CycleGANConfig(ngf=8, blocks=2, norm="batch", pool_size=0)), 128),
+    "pix2pix": (Pix2Pix(Pix2PixConfig(ngf=8, ndf=8, levels=6, patch=16, batch_size=2)), 64),
+    "pix2pix 128": (Pix2Pix(Pix2PixConfig(ngf=8, ndf=16, levels=5, batch_size=4, ema=0.9)), 128),
+}
+
+
+@pytest.mark.parametrize("mode", ["fast", "least"])
+@pytest.mark.parametrize("name", MEASURED)
+def test_estimate_is_what_a_run_allocates(name, mode):
+    """Against torch's allocator from the first weight to the second step."""
+    recipe, size = MEASURED[name]
+    with peak_memory(CPU) as peak:
+        step = Step(recipe, recipe.networks(3, 3), device=CPU)
+        set_memory(step.nets.values(), mode)
+        shape = (recipe.config.batch_size, 3, size, size)
+        images = {k: torch.rand(shape) for k in "AB"}
+        for index in range(2):
+            step([images], index)
+    found = estimate(recipe, (3, 3), (size, size), memory=mode, gpu=False)
+    # what an operator of torch takes and gives back inside is not followed
+    assert 0.97 < found.peak_bytes / 2**20 / peak.mib < 1.001
+
+
+def test_parts_of_an_estimate():
+    recipe = Pix2Pix(Pix2PixConfig(**{**TINY, "pool_size": 40, "batch_size": 2}))
+    found = estimate(recipe, (1, 3), (32, 48), gpu=False)
+    pixels, weights = (
+        32 * 48,
+        sum(p.numel() for net in recipe.networks(1, 3).values() for p in net.parameters()),
+    )
+    # float32: pairs of images in the pool; a batch of each domain; weights, gradients and two moments
+    assert found.pool_bytes == 40 * 4 * pixels * 4
+    assert found.data_bytes == 2 * 4 * pixels * 4
+    # the rest is counters, statistics and the loss
+    assert 0 <= found.fixed_bytes - 4 * 4 * weights < 0.02 * found.fixed_bytes
+    parts = found.fixed_bytes + found.pool_bytes + found.data_bytes + 2 * found.activation_bytes_per_image
+    assert found.peak_bytes == parts
+    assert "MB of activations per image" in str(found)
+
+
+def test_1024_pixels_fit_into_24_gb():
+    """CycleGAN as published, with the identity loss, in bfloat16, as a GPU runs it."""
+    recipe = CycleGAN(CycleGANConfig(crop_size=1024, load_size=1024))
+    options = {"channels": (3, 3), "size": (1024, 1024), "autocast": torch.bfloat16}
+    chosen = choose(recipe, free=24 * 10**9, **options)
+    assert chosen.peak_bytes <= 24 * 10**9
+    low, least = (estimate(recipe, memory=mode, **options) for mode in ("low", "least"))
+    assert chosen.peak_bytes > 1.2 * low.peak_bytes > 1.5 * least.peak_bytes
+    assert chosen.pool_bytes == least.pool_bytes >= 50 * 2 * 3 * 1024**2 * 2
+
+
+def test_what_does_not_fit_is_refused():
+    recipe = CycleGAN(CycleGANConfig(**{**TINY, "batch_size": 2, "crop_size": 64}))
+    options = {"channels": (3, 3), "size": (64, 64), "gpu": False}
+    fast, least = (estimate(recipe, memory=mode, **options).peak_bytes for mode in ("fast", "least"))
+    assert choose(recipe, free=fast, **options).memory == "fast"
+    assert choose(recipe, free=fast - 1, **options).memory == "least"
+    with pytest.raises(UsageError, match="^--memory fast needs about .* GB are free: use --memory least "):
+        choose(recipe, free=fast - 1, memory="fast", **options)
+    with pytest.raises(UsageError) as error:
+        choose(recipe, free=least - 1, **options)
+    assert "\n" not in str(error.value)
+    assert "--memory least needs about" in str(error.value)
+    assert "use --batch-size 1 (about" in str(error.value)
+    assert "or --crop-size 32 (about" in str(error.value)
+    with pytest.raises(UsageError, match="use a smaller --crop-size, --ngf or --batch-size"):
+        choose(recipe, free=1000, **options)
+
+
+def test_fit(monkeypatch):
+    recipe = CycleGAN(CycleGANConfig(**TINY))
+    quick = memory._at_most(recipe, (3, 3), (64, 64))
+    assert quick > estimate(recipe, (3, 3), (64, 64), gpu=False).peak_bytes
+    monkeypatch.setattr(memory, "free_bytes", lambda device: quick)
+    mode, line = fit(recipe, (3, 3), (64, 64), CPU)
+    assert mode == "fast" and line.startswith("memory: --memory fast, about")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert fit(recipe, (3, 3), (64, 64), CPU, memory="least")[0] == "least"
+    monkeypatch.undo()
+    assert memory.free_bytes(CPU) > 2**20
+    # the digits start at once on any machine with a few GB
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 10**9)
+    monkeypatch.delattr(memory, "choose")
+    for cls in (CycleGAN, Pix2Pix):
+        digits = cls(dataclasses.replace(cls.config_class(), **cls.presets["digits"]))
+        assert fit(digits, (1, 1), (32, 32), CPU)[0] == "fast"

@@ -28,8 +28,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def runs_kernel(x: Tensor) -> bool:
-    """The CPU rule: kernels run on a GPU and in Triton's interpreter; elsewhere the reference runs."""
-    return INTERPRET or (HAS_TRITON and x.is_cuda)
+    """The CPU rule: kernels run on a GPU and in Triton's interpreter; elsewhere the reference runs.
+
+    A fake tensor may stand for one on a GPU: its mode then has `runs_kernels`.
+    """
+    planned = getattr(getattr(x, "fake_mode", None), "runs_kernels", False)
+    return INTERPRET or (HAS_TRITON and (x.is_cuda or planned))
 
 
 def require(ok: bool, op: str, argument: str, rule: str, got: object) -> None:
