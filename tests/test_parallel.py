@@ -1,0 +1,195 @@
+"""Two gloo ranks on the CPU against one process: exchanges, synchronised batch norm, whole training runs,
+signals, resume, and errors of one rank. All ranks' work is one start of tests/parallel_cases.py."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgan import checkpoint
+from fastgan.config import UsageError
+from fastgan.device import pick_device
+from fastgan.parallel import Ranks
+from fastgan.train import make_recipe
+from fastgan.trainer import Trainer
+from tests import parallel_cases as cases
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun with gloo")
+Two = tuple[dict[str, Any], dict[str, Any], Path, str, str]
+ROOT = Path(__file__).parents[1]
+
+
+def launch(*words: str) -> "subprocess.Popen[str]":
+    """Two processes on a port that is free."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
+    """What rank 0 and rank 1 found, the folder with their runs, what the stopped command and the wrong one
+    said."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cases.pictures(folder)
+    words = cases.command(cases.RESUMED, folder, "killed", "--steps", "100000")
+    killed = launch("-m", "fastgan.train", *words)
+    limit = time.monotonic() + 120
+    while not (folder / "killed/checkpoints/step_00000002").exists():
+        assert killed.poll() is None, killed.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGINT)
+    said, error = killed.communicate(timeout=60)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    work = launch(str(ROOT / "tests/parallel_cases.py"), str(folder), str(port))
+    _, problem = work.communicate(timeout=300)
+    assert (folder / "rank_0.pt").exists() and (folder / "rank_1.pt").exists(), problem
+    first, second = (torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in (0, 1))
+    return first, second, folder, said + error, problem
+
+
+def tensors(run: Path) -> dict[str, Tensor]:
+    nets, state, _ = checkpoint.load(checkpoint.checkpoints(run / "checkpoints")[-1])
+    return state | {f"{net}.{key}": value for net, weights in nets.items() for key, value in weights.items()}
+
+
+def test_exchanges(two: Two) -> None:
+    x = torch.arange(24.0).view(1, 2, 3, 4)
+    for found in two[:2]:
+        assert torch.equal(found["gather"], torch.cat([x, 2 * x]))
+        mean, halves, half, negative = found["average"]
+        assert torch.equal(mean, 1.5 * x) and torch.equal(negative, -1.5 * x)
+        assert halves.tolist() == [0.5] * 3 and halves.dtype == torch.float64 and half == 0.5
+        assert [t.tolist() for t in found["broadcast"]] == [[0.0, 0.0], 5]
+        assert found["any"] == [True, False, 7]
+
+
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(two: Two) -> None:
+    net, x = cases.norms(), cases.images()
+    expected = cases.through_norms(net, x)
+    for rank, found in enumerate(two[:2]):
+        mine, part = found["norms"], slice(2 * rank, 2 * rank + 2)
+        assert found["keys"] == list(net.state_dict())
+        # the mean of the ranks' losses is the loss of the whole batch, so the sum is twice that
+        assert_near({k: v for k, v in mine.items()}, {
+            **expected, "y": expected["y"][part], "x": 2 * expected["x"][part],
+        })  # fmt: skip
+        assert_near(found["buffers"], dict(net.named_buffers()))
+    with torch.no_grad():
+        y = net(x)
+        assert_near({"y": torch.cat([two[0]["uneven"], two[1]["uneven"]])}, {"y": y})
+        net.load_state_dict(two[0]["weights"])
+        assert torch.equal(two[0]["eval"], net.eval()(x)) and torch.equal(two[1]["eval"], net(x))
+
+
+def assert_near(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """float64 up to the order of sums; the images' offset of 100 costs the variance of 1e-6 ten digits."""
+    assert mine.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-6, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", cases.SYSTEMS)
+def test_two_ranks_step_as_one_process_with_the_whole_batch(name: str, two: Two) -> None:
+    words, folder = cases.SYSTEMS[name], two[2]
+    one, both = cases.exact_steps(words, folder, "alone", None), two[0][name]
+    assert one.keys() == both.keys()
+    for key, value in one.items():
+        # float64: the order of sums, 1e-14, may grow where Adam divides by gradients of nearly zero
+        torch.testing.assert_close(both[key], value, rtol=1e-8, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
+    assert all(torch.equal(value, two[1][name][key]) for key, value in both.items())
+
+
+@pytest.mark.parametrize("name", cases.SYSTEMS)
+def test_two_ranks_train_as_one_process_with_the_whole_batch(name: str, two: Two) -> None:
+    words, folder = cases.SYSTEMS[name], two[2]
+    cases.run(words, folder, f"{name} alone", None, "--batch-size", "4", "--steps", "3", "--save-every", "3")
+    one, both = tensors(folder / f"{name} alone"), tensors(folder / name)
+    for key in one.keys() - {"random.cpu"}:
+        # float32 where a gradient is a small difference of large ones: of the moments, 1e-4 of the largest;
+        # of the weights, a tenth of an update, which Adam makes as large where the gradient is nearly zero
+        atol = 1e-4 * float(one[key].abs().max()) if key.startswith("optimizer.") else 2e-5
+        torch.testing.assert_close(both[key], one[key], rtol=0, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
+    logs = [
+        json.loads((folder / run / "log.jsonl").read_text().splitlines()[0])
+        for run in (f"{name} alone", name)
+    ]
+    shared = {key for key in logs[0] if key[0] in "GDci" and key != "img_per_s"}
+    assert len(shared) >= 5
+    assert {k: logs[1][k] for k in shared} == pytest.approx(
+        {k: logs[0][k] for k in shared}, rel=1e-4, abs=1e-6
+    )
+
+
+def test_signals_and_resume(two: Two) -> None:
+    folder, said = two[2], two[3]
+    # torchrun itself ends with a traceback of the signal; ours is one line
+    assert said.count("saved; the same command goes on") == 1 and "fastgan/" not in said
+    assert [found["stopped"] for found in two[:2]] == [(143, 1)] * 2
+    whole = tensors(folder / "whole")
+    for name in ("killed", "one"):
+        again = tensors(folder / name)
+        assert again.keys() == whole.keys()
+        assert not [key for key, value in again.items() if not torch.equal(value, whole[key])]
+    assert not torch.equal(whole["random.cpu"], whole["random.cpu.1"])
+
+
+def test_an_error_of_one_rank_is_that_of_all(two: Two) -> None:
+    first, second = two[0]["failing"], two[1]["failing"]
+    assert first == second
+    assert first["block"] == "UsageError: only the second one"
+    assert "different --lr" in first["arguments"]
+    assert first["data"].startswith("DataError: ") and "no such folder" in first["data"]
+    assert first["disk"].startswith("CheckpointError: ") and "disk full" in first["disk"]
+
+
+def test_other_numbers_of_ranks_go_on_with_a_note(two: Two, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = checkpoint.checkpoints(two[2] / "whole/checkpoints")[-1]
+    cases.run(cases.RESUMED, two[2], "whole", None, "--steps", str(int(newest.name[5:]) + 1))
+    assert "2 processes came to step" in capsys.readouterr().err
+
+
+def test_a_wrong_call_is_one_line(two: Two) -> None:
+    lines = [line for line in two[4].splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "no such folder" in lines[0]
+    assert "exitcode  : 2" in two[4]
+
+
+def test_wrong_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Ranks.start() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="RANK: start several processes with torchrun"):
+        Ranks.start()
+    with pytest.raises(UsageError, match="--device cuda:1 is for one process"):
+        pick_device("cuda:1", 0, 2)
+    assert pick_device("auto", 0, 2).type in ("cpu", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="2 processes for 1 GPUs: give torchrun --nproc-per-node 1"):
+        pick_device("auto", 0, 2)
+
+
+def test_a_step_of_several_batches_and_ranks_counts_for_the_epochs(tmp_path: Path) -> None:
+    cases.pictures(tmp_path)
+    words = cases.command(cases.RESUMED, tmp_path, "r", "--batch-size", "1")
+    plain = Trainer(make_recipe([*words, "--n-critic", "2"]))
+    added = Trainer(make_recipe([*words, "--n-critic", "2", "--accumulate", "2"]))
+    assert (plain.steps_per_epoch, added.steps_per_epoch) == (3, 2)
+    assert (plain.images, added.images) == (2, 4)
