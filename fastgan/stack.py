@@ -246,6 +246,12 @@ def _fuse(places: Sequence[Same], x: Tensor, seed: Tensor | None = None, recompu
     return x
 
 
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module is a residual block of layers that the op takes: no norm over several processes."""
+    body = getattr(module, "residual_body", None)
+    return body is not None and all(_kind(layer) is not None for layer in _flat(body))
+
+
 def _flat(line: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Layers without the sequences and the places that do nothing."""
     for module in line:

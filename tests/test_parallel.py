@@ -1,6 +1,7 @@
 """Two gloo ranks on the CPU against one process: exchanges, synchronised batch norm, whole training runs,
 signals, resume, and errors of one rank. All ranks' work is one start of tests/parallel_cases.py."""
 
+import copy
 import json
 import os
 import signal
@@ -8,17 +9,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import checkpoint
 from fastgan.config import UsageError
 from fastgan.device import pick_device
-from fastgan.parallel import Ranks
+from fastgan.layers import Conv2d
+from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
+from fastgan.parallel import Ranks, SyncBatchNorm2d, sync_batch_norm
+from fastgan.stack import run_layers
 from fastgan.train import make_recipe
 from fastgan.trainer import Trainer
 from tests import parallel_cases as cases
@@ -102,6 +107,47 @@ def assert_near(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert mine.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(mine[key], value, rtol=1e-6, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
+
+
+class Alone(Ranks):
+    """One process that is all there is."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "resnet": lambda: ResnetGenerator(3, 3, ngf=2, blocks=2, norm="batch"),
+    "unet": lambda: UnetGenerator(3, 3, levels=3, ngf=2, norm="batch"),
+    "patchgan": lambda: PatchDiscriminator(3, ndf=2, receptive_field=16, norm="batch"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_synchronised_norm_runs_beside_fused_layers(name: str) -> None:
+    plain = NETWORKS[name]().double()
+    synchronised = copy.deepcopy(plain)
+    sync_batch_norm(synchronised, Alone())
+    # as the averaged generator is made
+    copied = copy.deepcopy(synchronised)
+    assert {type(m) for m in copied.modules()} & {SyncBatchNorm2d, nn.BatchNorm2d} == {SyncBatchNorm2d}
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = plain(x)
+    # the second is how a network runs on a GPU
+    torch.testing.assert_close(synchronised(x), expected)
+    torch.testing.assert_close(run_layers([copied.line], x), expected)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(copied.state_dict()[key], value)
+
+
+def test_a_norm_inside_a_fused_convolution_cannot_be_synchronised() -> None:
+    fused = Conv2d(3, 4, 3, norm=nn.BatchNorm2d(4))
+    sync_batch_norm(fused, Alone())
+    with pytest.raises(ValueError, match="norm must be a BatchNorm2d"):
+        fused(torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", cases.SYSTEMS)
