@@ -213,27 +213,68 @@ class SyncBatchNorm2d(_BatchNorm):
         if input.dim() != 4:
             raise ValueError(f"SyncBatchNorm2d: input must be (N, C, H, W), got {tuple(input.shape)}")
 
+    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) in and out, in the dtype and layout of `input`; N may differ from rank to rank."""
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
             return super().forward(input)
-        x = input if input.dtype == torch.float64 else input.float()
-        mean, var, count = _statistics(x, self.ranks)
+        y, mean, var, count = _SyncNorm.apply(input, self.weight, self.bias, self.eps, self.ranks)
         if self.training and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 # a momentum of None is the plain mean of all batches so far
-                part = 1 / self.num_batches_tracked.to(x.dtype) if self.momentum is None else self.momentum
+                part = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
                 unbiased = var * (count / (count - 1))
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), part)
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), part)
-        scale = (var + self.eps).rsqrt()
-        scale = scale if self.weight is None else scale * self.weight
-        y = (x - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)
-        y = y if self.bias is None else y + self.bias.view(-1, 1, 1)
-        return y.to(input.dtype)
+        return y
+
+
+class _SyncNorm(torch.autograd.Function):
+    """Keeps the input alone for backward; where backward itself is to be differentiated it starts anew from
+    functions of torch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: Ranks
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, var, count = _statistics(_wide(x), ranks)
+        ctx.save_for_backward(x, weight, bias, mean, var, count)
+        ctx.mark_non_differentiable(mean, var, count)
+        ctx.eps, ctx.ranks = eps, ranks
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, var, count = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs = [t if needed else None for t, needed in zip((x, weight, bias), ctx.needs_input_grad)]
+            y = _normalised(x, weight, bias, ctx.eps, ctx.ranks)
+            found = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dy, create_graph=True))
+            return *(None if t is None else next(found) for t in inputs), None, None
+        rstd = (var + ctx.eps).rsqrt().view(-1, 1, 1)
+        g, xhat = _wide(dy), (_wide(x) - mean.view(-1, 1, 1)) * rstd
+        sums = torch.stack([g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            means = (ctx.ranks.sum(sums) / count).view(2, -1, 1, 1)
+            dx = (g - means[0] - xhat * means[1]) * (rstd if weight is None else rstd * weight.view(-1, 1, 1))
+            dx = dx.to(x.dtype)
+        return dx, None if weight is None else sums[1], None if bias is None else sums[0], None, None
+
+
+def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: Ranks) -> Tensor:
+    mean, var, _ = _statistics(_wide(x), ranks)
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    y = (_wide(x) - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+    return (y if bias is None else y + bias.view(-1, 1, 1)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""python -m fastgan.train RECIPE [flags]: train a system; without --data on the embedded digits."""
+"""python -m fastgan.train RECIPE [flags]: train a system; without --data on the embedded digits.
+
+On several GPUs: torchrun --nproc-per-node N -m fastgan.train RECIPE [flags].
+"""
 
 from __future__ import annotations
 
@@ -60,12 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     ranks, trainer, started = None, None, False
     # of several processes the first one alone answers
-    silent = (
-        contextlib.redirect_stdout(io.StringIO())
-        if os.environ.get("RANK", "0") != "0"
-        else contextlib.nullcontext()
-    )
-    with silent:
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
         if not args or args[0] in ("-h", "--help"):
             print(USAGE)
             raise SystemExit(0 if args else 2)
@@ -88,14 +87,13 @@ def main(args: Sequence[str] | None = None) -> None:
         except Interrupted as stop:
             _end(ranks, "", stop.code)
         except KeyboardInterrupt:
-            _end(
-                ranks,
-                "stopped at once: what the last checkpoint holds remains" if started else "stopped",
-                130,
-            )
+            said = "stopped at once: what the last checkpoint holds remains" if started else "stopped"
+            _end(ranks, said if first else "", 130)
         except Diverged as error:
             _end(ranks, str(error), 1)
-        except (UsageError, DataError, CheckpointError, LostRank) as error:
+        except LostRank as error:
+            _end(ranks, str(error) if first else "")
+        except (UsageError, DataError, CheckpointError) as error:
             _end(ranks, str(error))
         except OSError as error:
             # a full or unwritable disk under the log, a picture or the page

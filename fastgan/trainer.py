@@ -97,15 +97,8 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.data = self._open()
-        seed_everything(config.seed, deterministic=config.deterministic)
-        nets = recipe.networks(*self.data.channels)
-        if ranks:
-            for net in nets.values():
-                sync_batch_norm(net, ranks)
-        self.step = Step(
-            recipe, nets, device=self.device, autocast=pick_precision(config.precision, self.device),
-            compile=config.compile, capture=config.capture, ranks=ranks,
-        )  # fmt: skip
+        with together(ranks):
+            self.step = self._step()
         if ranks:
             # equal already, as the seeds are, unless the machines are of different kinds
             for net in (*self.step.nets.values(), *self.step.ema.values()):
@@ -143,6 +136,18 @@ class Trainer:
                 self._check_sizes(data)
         with together(ranks):
             return data or open_images(self.recipe, self.run, progress=False)
+
+    def _step(self) -> Step:
+        config, ranks = self.config, self.ranks
+        seed_everything(config.seed, deterministic=config.deterministic)
+        nets = self.recipe.networks(*self.data.channels)
+        if ranks:
+            for net in nets.values():
+                sync_batch_norm(net, ranks)
+        return Step(
+            self.recipe, nets, device=self.device, autocast=pick_precision(config.precision, self.device),
+            compile=config.compile, capture=config.capture, ranks=ranks,
+        )  # fmt: skip
 
     def _check_earlier_start(self) -> None:
         path = self.run / "config.json"
@@ -366,7 +371,7 @@ class Trainer:
         for name, net in self.step.nets.items():
             norms = torch._foreach_norm([p.detach() for p in net.parameters()])
             found[f"weights of {name}"] = torch.stack(norms).norm()
-        row = torch.stack([value.float() for value in found.values()])
+        row = torch.stack([value.to(self.device, torch.float32) for value in found.values()])
         if self.ranks:
             self.ranks.average([row])
         return dict(zip(found, row.tolist()))

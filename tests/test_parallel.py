@@ -143,6 +143,26 @@ def test_a_synchronised_norm_runs_beside_fused_layers(name: str) -> None:
         torch.testing.assert_close(copied.state_dict()[key], value)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_synchronised_norm_computes_in_float32_or_more(dtype: torch.dtype, affine: bool) -> None:
+    plain, synchronised = (nn.BatchNorm2d(3, affine=affine) for _ in range(2))
+    if dtype == torch.float64:
+        plain, synchronised = plain.double(), synchronised.double()
+    sync_batch_norm(synchronised, Alone())
+    x = (5 + torch.randn(2, 3, 6, 5, dtype=torch.float64)).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    dy = torch.randn_like(x)
+    found = []
+    for net in (synchronised, plain):
+        given = x.clone().requires_grad_()
+        y = net(given)
+        y.backward(dy)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        found.append({"y": y, "x": given.grad} | {k: p.grad for k, p in net.named_parameters()})
+    torch.testing.assert_close(*found)
+
+
 def test_a_norm_inside_a_fused_convolution_cannot_be_synchronised() -> None:
     fused = Conv2d(3, 4, 3, norm=nn.BatchNorm2d(4))
     sync_batch_norm(fused, Alone())

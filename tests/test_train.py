@@ -190,8 +190,12 @@ def test_settings_of_a_started_run_are_kept(in_tmp: Path, capsys: pytest.Capture
     train.main([*PIX, "--name", "r", "--steps", "2"])
     before = tensors(in_tmp / "runs/r")
     assert "--lr 0.0002" in fails([*PIX, "--name", "r", "--steps", "4", "--lr", "1e-3"], capsys)
+    assert "--accumulate 1" in fails([*PIX, "--name", "r", "--steps", "4", "--accumulate", "2"], capsys)
     assert "pix2pix" in fails([*CYCLE, "--name", "r"], capsys)
     assert all(torch.equal(v, before[k]) for k, v in tensors(in_tmp / "runs/r").items())
+    # where and how it is computed may change
+    train.main([*PIX, "--name", "r", "--steps", "3", "--memory", "low", "--data-on", "host", "--no-capture"])
+    assert "random.cpu" in tensors(in_tmp / "runs/r")
 
 
 BAD_FLAGS = {
@@ -199,6 +203,7 @@ BAD_FLAGS = {
     "wrong kind": (["--lr", "fast"], "--lr"),
     "wrong choice": (["--norm", "layer"], "--norm"),
     "too small": (["--batch-size", "0"], "--batch-size must be at least 1"),
+    "too few": (["--accumulate", "0"], "--accumulate must be at least 1"),
     "beta": (["--beta1", "1"], "--beta1"),
     "crop over load": (["--load-size", "100", "--crop-size", "128"], "--crop-size 128"),
     "range": (["--range-a", "5", "1"], "--range-a"),
