@@ -348,8 +348,8 @@ def test_diverging_run_stops_and_names_the_last_good_checkpoint(
     args = [*PIX, "--name", "r", "--save-every", "3", "--log-every", "1", "--steps", "9"]
     real = Trainer.save
 
-    def poison(self: Trainer) -> Path:
-        path = real(self)
+    def poison(self: Trainer, random: dict[str, torch.Tensor]) -> Path:
+        path = real(self, random)
         next(self.step.nets["G"].parameters()).data.fill_(float("nan"))
         return path
 
