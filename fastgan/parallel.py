@@ -141,7 +141,7 @@ def _answering() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # torch has no exception of its own for a connection that gloo or NCCL lost
-        raise LostRank(f"another process of the run has ended: {str(error).splitlines()[0]}") from error
+        raise LostRank("another process of the run has ended: its lines, or torchrun's, say why") from error
 
 
 def _ordered(x: Tensor) -> Tensor:

@@ -43,6 +43,15 @@ def launch(*words: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
+def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """What a launch wrote on stdout and stderr; ends it where its processes wait for each other for ever."""
+    try:
+        return process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
     """What rank 0 and rank 1 found, the folder with their runs, what the stopped command and the wrong one
@@ -57,12 +66,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Two:
         assert time.monotonic() < limit
         time.sleep(0.01)
     killed.send_signal(signal.SIGINT)
-    said, error = killed.communicate(timeout=60)
+    said, error = finish(killed)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     work = launch(str(ROOT / "tests/parallel_cases.py"), str(folder), str(port))
-    _, problem = work.communicate(timeout=300)
+    _, problem = finish(work)
     assert (folder / "rank_0.pt").exists() and (folder / "rank_1.pt").exists(), problem
     first, second = (torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in (0, 1))
     return first, second, folder, said + error, problem
