@@ -63,6 +63,11 @@ class Adam(torch.optim.Adam):
                     # a leaf of its own, also where the dtype is that of the parameter
                     self._copies[p] = nn.Parameter(p.detach().to(copies, copy=True))
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether any parameter has a copy."""
+        return bool(self._copies)
+
     def copy_of(self, param: Tensor) -> Tensor | None:
         """The copy that stands for a parameter in the forward pass, None where it has none."""
         return self._copies.get(param)

@@ -175,10 +175,6 @@ def _pieces(places: Sequence[Same]) -> Iterator[list[Same]]:
         yield list(places[start:])
 
 
-def _is_block(module: nn.Module) -> bool:
-    return hasattr(module, "residual_body")
-
-
 def _keeps_itself(module: nn.Module) -> bool:
     """A level runs its own pieces; what works in place keeps its output, which is the input that follows."""
     return hasattr(module, "stacked") or getattr(module, "inplace", False)

@@ -13,24 +13,23 @@ and replayed. The body yields where ranks have to talk to each other; each piece
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgan.config import Config
 from fastgan.data.pool import ImagePool
-from fastgan.graph import Recorder
+from fastgan.graph import Between, Recorder, Recording, Report, record, run
 from fastgan.layers import place
+from fastgan.optim import Adam
 from fastgan.recipes.base import Batch, Nets, Recipe, Terms
 from fastgan.stack import KeptStatistics, set_memory
 
 WARM_UP = 3  # steps before the recording: they train, choose kernels and fill the allocator
-Between = Callable[[], None]  # what ranks do between two pieces of a step
+Source = Batch | Tensor  # images, or the records that `Step.expand` makes them of
 Loss = Callable[[Nets, Batch, Batch], tuple[Tensor, Terms]]
 
 
@@ -48,42 +47,6 @@ class Ranks(Protocol):
         ...
 
 
-class Report(NamedTuple):
-    """Scalars of one step: their names, and one tensor with their values."""
-
-    names: tuple[str, ...]
-    values: Tensor
-
-    def terms(self) -> Terms:
-        """By name; a copy, since a recorded step writes the same memory again."""
-        return dict(zip(self.names, self.values.clone().unbind()))
-
-
-class Recording(NamedTuple):
-    """A recorded step: its pieces with what follows each, and its scalars."""
-
-    pieces: list[tuple[Callable[[], None], Between | None]]
-    report: Report
-
-
-def lr_factor(config: Config, epoch: int) -> float:
-    """Factor of the learning rates in a 0-based epoch; above zero up to and including the last one.
-
-    linear: 1, then falling evenly to 1 / (epochs_decay + 1); cosine: half a period, never rising again; step:
-    0.1 every lr_decay_epochs; constant: 1.
-    """
-    total = config.epochs + config.epochs_decay
-    if config.lr_policy == "linear":
-        return max(
-            1 - max(0, epoch + 1 - config.epochs) / (config.epochs_decay + 1), 1 / (config.epochs_decay + 1)
-        )
-    if config.lr_policy == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(epoch, total - 1) / total))
-    if config.lr_policy == "step":
-        return 0.1 ** (epoch // config.lr_decay_epochs)
-    return 1.0
-
-
 @contextmanager
 def frozen(nets: Iterable[nn.Module]) -> Iterator[None]:
     """No gradients for the parameters of `nets`: backward then computes input gradients only."""
@@ -95,13 +58,6 @@ def frozen(nets: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for p in params:
             p.requires_grad_(True)
-
-
-def grad_norm(net: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients of a network, a scalar on its device."""
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    norms = torch._foreach_norm(grads) if grads else [torch.zeros(())]
-    return torch.stack([n.float() for n in norms]).norm()
 
 
 class Step:
@@ -117,6 +73,10 @@ class Step:
         ranks: the processes that share every update, None for one.
         fixed_size: all images have one size.
         memory: what is kept for the backward pass, see `fastgan.stack.set_memory`.
+
+    Attributes:
+        note: one line that says why the step is not recorded although it was asked for; empty otherwise.
+        expand: makes a batch of records on the device (`fastgan.data.Resident.batch`).
     """
 
     def __init__(
@@ -142,9 +102,10 @@ class Step:
                 k: copy.deepcopy(self.nets[k]).eval().requires_grad_(False) for k in recipe.generators
             }
         self.note = ""
+        self.expand: Callable[[Tensor], Batch] | None = None
         self._recorder = self._make_recorder(fixed_size) if capture else None
         self._recordings: dict[bool, Recording] = {}
-        self._inputs: list[Batch] = []
+        self._inputs: list[Source] = []
         self._plan: Tensor | None = None
         self._warm = 0
         config = self.config
@@ -192,18 +153,19 @@ class Step:
         lr = torch.tensor(self.base_lr[group], device=self.device) if recorded else self.base_lr[group]
         if self.config.optimizer == "rmsprop":
             return torch.optim.RMSprop(params, lr=lr, capturable=recorded)
-        fused = self.device.type in ("cpu", "cuda")
-        betas = (self.config.beta1, self.config.beta2)
-        return torch.optim.Adam(params, lr=lr, betas=betas, fused=fused, capturable=recorded)
+        # gradients that are added up over batches stay float32
+        rounded = self.device.type == "cuda" and self.config.accumulate == 1
+        copies = self.autocast if rounded else None
+        return Adam(params, lr=lr, betas=(self.config.beta1, self.config.beta2), copies=copies)
 
     def __call__(
-        self, batches: Sequence[Batch], index: int, lr_factor: float = 1.0, *, watch: bool = False
+        self, batches: Sequence[Source], index: int, lr_factor: float = 1.0, *, watch: bool = False
     ) -> Terms:
         """Update every network once (the discriminators n_critic times).
 
         Args:
-            batches: n_critic * accumulate batches of images (N, C, H, W) on the device; the gradients of
-                each `accumulate` of them are added up for one update.
+            batches: n_critic * accumulate batches of images (N, C, H, W) on the device, or of records for
+                `expand`; the gradients of each `accumulate` of them are added up for one update.
             index: number of this step; with the seed it decides the draws of the history pool.
             lr_factor: factor of both learning rates.
             watch: also measure gradient norms and the spread of the fakes.
@@ -224,9 +186,12 @@ class Step:
                     group["lr"].fill_(self.base_lr[name] * lr_factor)
                 else:
                     group["lr"] = self.base_lr[name] * lr_factor
-        plan = self._draw(len(batches), len(batches[0]["A"]), index)
+        first = batches[0]
+        plan = self._draw(
+            len(batches), first.shape[1] if isinstance(first, Tensor) else len(first["A"]), index
+        )
         if self._recorder is None:
-            return self._run(self._body(batches, plan, watch)).terms()
+            return run(self._body(batches, plan, watch)).terms()
         return self._replay(self._recorder, batches, plan, watch)
 
     def _draw(self, batches: int, images: int, index: int) -> Tensor:
@@ -242,61 +207,36 @@ class Step:
         plan = torch.from_numpy(np.array(plans))
         return plan.pin_memory() if self.device.type == "cuda" else plan
 
-    def _run(self, body: Generator[Between, None, Report]) -> Report:
-        while True:
-            try:
-                between = next(body)
-            except StopIteration as end:
-                return end.value
-            between()
-
-    def _replay(self, recorder: Recorder, batches: Sequence[Batch], plan: Tensor, watch: bool) -> Terms:
+    def _replay(self, recorder: Recorder, batches: Sequence[Source], plan: Tensor, watch: bool) -> Terms:
         if self._warm < WARM_UP:
             self._warm += 1
             found: list[Report] = []
             # watching, so that nothing is done for the first time in the recording
-            recorder.warm_up(lambda: found.append(self._run(self._body(batches, plan, True))))
+            recorder.warm_up(lambda: found.append(run(self._body(batches, plan, True))))
             return found[0].terms()
         if self._plan is None:
-            self._inputs = [{k: torch.empty_like(v) for k, v in batch.items()} for batch in batches]
+            self._inputs = [_like(batch, self.device) for batch in batches]
             self._plan = torch.empty_like(plan, device=self.device)
         for mine, given in zip(self._inputs, batches):
-            for key, image in given.items():
-                mine[key].copy_(image)
+            if isinstance(mine, Tensor) and isinstance(given, Tensor):
+                mine.copy_(given, non_blocking=True)
+            elif isinstance(mine, dict) and isinstance(given, dict):
+                for key, image in given.items():
+                    mine[key].copy_(image)
         self._plan.copy_(plan, non_blocking=True)
         if watch not in self._recordings:
             try:
-                self._recordings[watch] = self._record(recorder, watch)
+                body = self._body(self._inputs, self._plan, watch)
+                self._recordings[watch] = record(recorder, body)
             except RuntimeError as error:
                 self._recorder, self._recordings = None, {}
                 self.note = f"no CUDA graph: {str(error).splitlines()[0]}"
-                return self._run(self._body(batches, plan, watch)).terms()
-        recording = self._recordings[watch]
-        for piece, between in recording.pieces:
-            piece()
-            if between is not None:
-                between()
-        return recording.report.terms()
+                return run(self._body(batches, plan, watch)).terms()
+        return self._recordings[watch].replay().terms()
 
-    def _record(self, recorder: Recorder, watch: bool) -> Recording:
-        assert self._plan is not None
-        body = self._body(self._inputs, self._plan, watch)
-        pieces: list[tuple[Callable[[], None], Between | None]] = []
-        report: list[Report] = []
-        while not report:
-            after: list[Between] = []
-
-            def work(after: list[Between] = after) -> None:
-                try:
-                    after.append(next(body))
-                except StopIteration as end:
-                    report.append(end.value)
-
-            pieces.append((recorder.record(work), after[0] if after else None))
-        return Recording(pieces, report[0])
-
-    def _body(self, batches: Sequence[Batch], plan: Tensor, watch: bool) -> Generator[Between, None, Report]:
+    def _body(self, sources: Sequence[Source], plan: Tensor, watch: bool) -> Generator[Between, None, Report]:
         """The step as work on tensors; yields what ranks do before it may go on."""
+        batches = [self._images(source) for source in sources]
         m = self.config.accumulate
         plan = plan.to(self.device, non_blocking=True) if self.pools_are_fixed else plan
         groups = [(batches[i : i + m], plan[i : i + m]) for i in range(0, len(batches), m)]
@@ -319,10 +259,13 @@ class Step:
             terms |= found
         if watch:
             terms |= self._spread(first[0], fakes[0])
-        report = Report(tuple(terms), torch.stack(list(terms.values())))
-        if self.ranks is not None and watch:
-            yield self._averaging([report.values])
-        return report
+        return Report(tuple(terms), torch.stack(list(terms.values())))
+
+    def _images(self, source: Source) -> Batch:
+        if isinstance(source, dict):
+            return source
+        assert self.expand is not None
+        return self.expand(source.to(self.device, non_blocking=True))
 
     @property
     def pools_are_fixed(self) -> bool:
@@ -334,8 +277,18 @@ class Step:
         assert ranks is not None
         return lambda: ranks.average(tensors)
 
-    def _cast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+    @contextmanager
+    def _cast(self) -> Iterator[None]:
+        """Mixed precision: autocast, and the optimisers' copies of the weights in place of them."""
+        with ExitStack() as stack:
+            stack.enter_context(
+                torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+            )
+            for group, optimizer in self.optimizers.items():
+                if isinstance(optimizer, Adam) and optimizer.has_copies:
+                    nets = [self.nets[name] for name in self.members[group]]
+                    stack.enter_context(optimizer.copies_in(*nets))
+            yield
 
     def _translate(self, batch: Batch, *, grad: bool) -> Batch:
         with self._cast(), torch.set_grad_enabled(grad):
@@ -354,14 +307,15 @@ class Step:
                 fakes = self._translate(batch, grad=True) if made is None else made[i]
                 with frozen(judges):
                     loss, terms = self._generator_loss(self.nets, batch, fakes)
-            (loss / len(group) if len(group) > 1 else loss).backward()
+                # inside: activations may be computed again, with the weights of the forward pass
+                (loss / len(group) if len(group) > 1 else loss).backward()
             shown.append({k: v.detach() for k, v in fakes.items() if k in batch})
             found.append(terms)
         yield from self._apply("G")
         self._average()
         terms = _mean(found)
         if watch:
-            terms |= {f"grad_{name}": grad_norm(self.nets[name]) for name in self.recipe.generators}
+            terms |= self._norms("G")
         return shown, terms
 
     def _update_discriminators(
@@ -375,7 +329,7 @@ class Step:
         for batch, made in zip(group, shown):
             with self._cast():
                 loss, terms = self._discriminator_loss(self.nets, batch, made)
-            (loss / len(group) if len(group) > 1 else loss).backward()
+                (loss / len(group) if len(group) > 1 else loss).backward()
             found.append(terms)
         yield from self._apply("D")
         if self.config.gan_mode == "wgan":
@@ -383,15 +337,32 @@ class Step:
                 for params in optimizer.param_groups:
                     torch._foreach_clamp_min_(params["params"], -self.config.clip)
                     torch._foreach_clamp_max_(params["params"], self.config.clip)
+                if isinstance(optimizer, Adam):
+                    optimizer.refresh()
         terms = _mean(found)
         if watch:
-            terms |= {f"grad_{name}": grad_norm(self.nets[name]) for name in self.recipe.discriminators}
+            terms |= self._norms("D")
         return terms
 
     def _apply(self, group: str) -> Generator[Between, None, None]:
         if self.ranks is not None:
-            yield self._averaging([p.grad for p in self._parameters(group).values() if p.grad is not None])
+            yield self._averaging(self._gradients(group))
         self.optimizers[group].step()
+
+    def _norms(self, group: str) -> Terms:
+        """Euclidean norm of all gradients of each network."""
+        found: Terms = {}
+        for name in self.members[group]:
+            norms = torch._foreach_norm(self._gradients(group, f"{name}."))
+            found[f"grad_{name}"] = torch.stack([norm.float() for norm in norms]).norm()
+        return found
+
+    def _gradients(self, group: str, name: str = "") -> list[Tensor]:
+        """Gradients of the generators (G) or discriminators (D), or of one network among them."""
+        optimizer = self.optimizers[group]
+        params = [p for key, p in self._parameters(group).items() if key.startswith(name)]
+        grads = [optimizer.grad_of(p) if isinstance(optimizer, Adam) else p.grad for p in params]
+        return [grad for grad in grads if grad is not None]
 
     def _pooled(self, batch: Batch, fakes: Batch, plan: Tensor) -> Generator[Between, None, Batch]:
         """What the discriminators are shown: fakes of now and before; a pair brings the input it was made
@@ -469,6 +440,12 @@ class Step:
             pool.load({k: v.to(self.device) for k, v in found.items()})
         # a recording holds on to the memory of the tensors that were replaced
         self._recordings, self._warm = {}, 0
+
+
+def _like(source: Source, device: torch.device) -> Source:
+    if isinstance(source, Tensor):
+        return torch.empty_like(source, device=device)
+    return {key: torch.empty_like(image) for key, image in source.items()}
 
 
 def _mean(terms: Sequence[Terms]) -> Terms:

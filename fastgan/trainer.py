@@ -33,7 +33,8 @@ from fastgan.models.patchgan import smallest_side
 from fastgan.monitor import Monitor, expected_balance, nonfinite
 from fastgan.parallel import Ranks, sync_batch_norm, together
 from fastgan.recipes.base import Recipe
-from fastgan.step import Step, lr_factor
+from fastgan.schedule import lr_factor
+from fastgan.step import Step
 
 SAMPLES = 6  # test images in a sample picture
 PAGE_SECONDS = 60  # the page follows the curves this often, and every new picture

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastgan.step
+from fastgan.graph import run
 from fastgan.recipes import RECIPES
 from fastgan.recipes.base import Batch
 from fastgan.step import WARM_UP, Step
@@ -205,9 +206,9 @@ def run_hollow(step_class: type[Step], name: str, settings: dict[str, Any], monk
         ]
         plan = torch.empty(len(given), len(step.pools), 2, len(given[0]["A"]), dtype=torch.int64)
         # the first step makes the optimisers' and the pools' memory
-        step._run(step._body(given, plan, True))
+        run(step._body(given, plan, True))
         with Watch():
-            report = step._run(step._body(given, plan, True))
+            report = run(step._body(given, plan, True))
     assert report.values.shape == (len(report.names),)
     return ops
 

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from fastgan.recipes.cyclegan import CycleGAN, CycleGANConfig
 from fastgan.recipes.pix2pix import Pix2Pix, Pix2PixConfig
-from fastgan.step import Step, lr_factor
+from fastgan.schedule import lr_factor
+from fastgan.step import Step
 from tests.reference_systems import (
     Batch,
     Nets,

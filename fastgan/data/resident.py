@@ -111,15 +111,17 @@ class Resident:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
 
-    def __next__(self) -> dict[str, Tensor]:
+    def take(self) -> Tensor:
+        """Return the records of the next batch, on the host, pinned for a GPU."""
         if not self._pixels:
             raise StopIteration
         records = self.records(self._k)
         self._k += 1
-        if self._device.type == "cuda":
-            # else the copy would wait for everything queued on the device
-            records = records.pin_memory()
-        return self.batch(records.to(self._device, non_blocking=True))
+        # else the copy would wait for everything queued on the device
+        return records.pin_memory() if self._device.type == "cuda" else records
+
+    def __next__(self) -> dict[str, Tensor]:
+        return self.batch(self.take().to(self._device, non_blocking=True))
 
     def close(self) -> None:
         """Give the memory back; afterwards the iterator is at its end."""
