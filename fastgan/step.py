@@ -337,8 +337,7 @@ class Step:
                 for params in optimizer.param_groups:
                     torch._foreach_clamp_min_(params["params"], -self.config.clip)
                     torch._foreach_clamp_max_(params["params"], self.config.clip)
-                if isinstance(optimizer, Adam):
-                    optimizer.refresh()
+            self.refresh()
         terms = _mean(found)
         if watch:
             terms |= self._norms("D")
@@ -405,6 +404,12 @@ class Step:
         spread = {k: batch[k].float().std(0).mean().clamp_min(1e-6) for k in fakes}
         return {f"diversity_{k}": v.detach().float().std(0).mean() / spread[k] for k, v in fakes.items()}
 
+    def refresh(self) -> None:
+        """To be called after something else than a step has changed the networks' parameters."""
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, Adam):
+                optimizer.refresh()
+
     def state(self) -> dict[str, Tensor]:
         """All tensors besides the networks that the next steps depend on, by name: those of the optimisers as
         `optimizer.NETWORK.PARAMETER.KEY`, so that a network can be taken out with what belongs to it."""
@@ -438,6 +443,7 @@ class Step:
             prefix = f"pool.{name}."
             found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             pool.load({k: v.to(self.device) for k, v in found.items()})
+        self.refresh()
         # a recording holds on to the memory of the tensors that were replaced
         self._recordings, self._warm = {}, 0
 

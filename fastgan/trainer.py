@@ -14,6 +14,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -25,16 +26,18 @@ from torch.nn import functional as F
 from fastgan import __version__, checkpoint
 from fastgan.config import UsageError, changed, flag, read_json, to_json, write_text
 from fastgan.data.dataset import Data, open_data
-from fastgan.data.feed import Loader
+from fastgan.data.feed import Loader, open_feed
+from fastgan.data.resident import Resident, one_size
 from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
+from fastgan.memory import fit
 from fastgan.models import translate_any_size
 from fastgan.models.patchgan import smallest_side
 from fastgan.monitor import Monitor, expected_balance, nonfinite
 from fastgan.parallel import Ranks, sync_batch_norm, together
 from fastgan.recipes.base import Recipe
 from fastgan.schedule import lr_factor
-from fastgan.step import Step
+from fastgan.step import Source, Step
 
 SAMPLES = 6  # test images in a sample picture
 PAGE_SECONDS = 60  # the page follows the curves this often, and every new picture
@@ -98,19 +101,20 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.data = self._open()
+        self.notes = list(self.data.notes)
         with together(ranks):
             self.step = self._step()
         if ranks:
             # equal already, as the seeds are, unless the machines are of different kinds
             for net in (*self.step.nets.values(), *self.step.ema.values()):
                 ranks.broadcast([*net.parameters(), *net.buffers()])
+            self.step.refresh()
             torch.manual_seed(config.seed + self.rank)
         self.batches = config.n_critic * config.accumulate
         self.images = config.batch_size * self.batches * self.size
         self.steps_per_epoch = self.data.train.steps_per_epoch(self.images)
         self.total = config.steps or (config.epochs + config.epochs_decay) * self.steps_per_epoch
         self.done = 0
-        self.notes = list(self.data.notes)
         self.stopped_by = 0
 
     def _open(self) -> Data:
@@ -145,9 +149,18 @@ class Trainer:
         if ranks:
             for net in nets.values():
                 sync_batch_norm(net, ranks)
+        autocast = pick_precision(config.precision, self.device)
+        sizes = self.data.train.sizes()
+        largest = max(height for _, height, _ in sizes), max(width for _, _, width in sizes)
+        memory, line = fit(
+            self.recipe, self.data.channels, largest, self.device, autocast=autocast, memory=config.memory
+        )
+        if self.device.type != "cpu" or memory != "fast":
+            self.notes.append(line)
         return Step(
-            self.recipe, nets, device=self.device, autocast=pick_precision(config.precision, self.device),
-            compile=config.compile, capture=config.capture, ranks=ranks,
+            self.recipe, nets, device=self.device, autocast=autocast, compile=config.compile,
+            capture=config.capture, ranks=ranks, memory=memory,
+            fixed_size=one_size(self.data.train) is not None,
         )  # fmt: skip
 
     def _check_earlier_start(self) -> None:
@@ -277,14 +290,17 @@ class Trainer:
             if self.rank == 0:
                 monitor = self._monitor()
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        loader = Loader(
-            self.data.train, c.batch_size, seed=c.seed, device=self.device, output_range=c.output,
-            start=self.done * self.batches, rank=self.rank, ranks=self.size,
-        )  # fmt: skip
+        with together(self.ranks):
+            feed = open_feed(
+                self.data, c.batch_size, seed=c.seed, device=self.device, output_range=c.output,
+                start=self.done * self.batches, rank=self.rank, ranks=self.size, where=c.data_on,
+            )  # fmt: skip
+        if isinstance(feed, Resident):
+            self.step.expand = feed.batch
         try:
-            self._loop(monitor, loader)
+            self._loop(monitor, feed)
         finally:
-            loader.close()
+            feed.close()
             if monitor:
                 monitor.close()
             for number, handler in handlers.items():
@@ -312,8 +328,9 @@ class Trainer:
             monitor.note(f"resuming {self.run} at step {self.done} of {self.total}")
         return monitor
 
-    def _loop(self, monitor: Monitor | None, loader: Loader) -> None:
-        c, batches, begun = self.config, iter(loader), self.done
+    def _loop(self, monitor: Monitor | None, feed: Resident | Loader) -> None:
+        c, told = self.config, ""
+        take: Callable[[], Source] = feed.take if isinstance(feed, Resident) else feed.__next__
         shown = time.monotonic()
         with together(self.ranks):
             if monitor and self.done == 0:
@@ -321,7 +338,7 @@ class Trainer:
                 self.page("running")
         while self.done < self.total:
             asked = time.perf_counter()
-            several = [next(batches) for _ in range(self.batches)]
+            several = [take() for _ in range(self.batches)]
             waited = time.perf_counter() - asked
             epoch, last = self._epoch(self.done), self.done + 1 == self.total
             log = (self.done + 1) % c.log_every == 0 or last
@@ -330,8 +347,9 @@ class Trainer:
             self.done += 1
             if monitor:
                 monitor.tick(self.done, wait=waited)
-                if self.done == begun + 1 and self.step.note:
-                    monitor.note(self.step.note)
+                if self.step.note != told:
+                    told = self.step.note
+                    monitor.note(told)
             # a signal may reach one process alone: all stop at the step at which the first one heard of it
             stop = self.ranks.highest(self.stopped_by) if self.ranks else self.stopped_by
             save = self.done % c.save_every == 0 or last or bool(stop)

@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fastgan.optim import Adam
 from fastgan.recipes import RECIPES
 from fastgan.step import Step
 from tests.system_cases import CLOSE, CYCLE, PIX, assert_same_parameters, double, make_batches
 
 
-def make(name: str, **settings: Any) -> Step:
+def make(name: str, memory: str = "fast", **settings: Any) -> Step:
     base = CYCLE if name == "cyclegan" else PIX
     recipe = RECIPES[name](RECIPES[name].config_class(**{**base, **settings}))
     torch.manual_seed(0)
-    return Step(recipe, double(recipe.networks(3, 3)), device=torch.device("cpu"))
+    return Step(recipe, double(recipe.networks(3, 3)), device=torch.device("cpu"), memory=memory)
 
 
 ACCUMULATED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,3 +83,45 @@ def test_a_network_is_loaded_with_its_own_optimiser_state():
         expected = state if key.startswith("optimizer.G_A.") else before
         assert torch.equal(value, expected[key]), key
     mine(images, 2)
+
+
+COPIED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "cyclegan": ("cyclegan", {"ema": 0.9, "pool_size": 2}, "fast"),
+    "cyclegan least": ("cyclegan", {}, "least"),
+    "pix2pix": ("pix2pix", {}, "fast"),
+    "pix2pix wgan": ("pix2pix", {"gan_mode": "wgan", "clip": 0.05}, "fast"),
+    "pix2pix least": ("pix2pix", {"gan_mode": "wgan-gp", "norm": "instance"}, "least"),
+}
+
+
+@pytest.mark.parametrize("case", COPIED)
+def test_copies_of_the_weights_stand_for_them(case):
+    """A GPU's step reads half-precision copies that the optimiser writes. Copies in the weights' own precision
+    change nothing, so every place that must use or refresh them does."""
+    name, settings, memory = COPIED[case]
+    plain, copied = (make(name, memory=m, **settings) for m in ("fast", memory))
+    copied.optimizers = {
+        group: Adam(
+            optimizer.param_groups[0]["params"],
+            lr=0.01,
+            betas=optimizer.defaults["betas"],
+            copies=torch.float64,
+        )
+        for group, optimizer in copied.optimizers.items()
+    }
+    for index, images in enumerate(make_batches(4)):
+        for step in (plain, copied):
+            torch.manual_seed(index)
+            step(images, index, watch=True)
+        if index == 1:
+            # as a resumed run: networks from outside, then the state
+            for key, net in copied.nets.items():
+                net.load_state_dict({k: v.clone() for k, v in plain.nets[key].state_dict().items()})
+            copied.load_state(plain.state())
+    assert all(optimizer.has_copies for optimizer in copied.optimizers.values())
+    for key, net in plain.nets.items():
+        assert_same_parameters(copied.nets[key], net, (case, key))
+    terms = [step(images, 9, watch=True) for step in (plain, copied) if torch.manual_seed(9)]
+    assert list(terms[0]) == list(terms[1])
+    for key, value in terms[0].items():
+        assert_close(terms[1][key], value, rtol=1e-7, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
