@@ -434,7 +434,10 @@ class Step:
                 prefix = f"optimizer.{name}."
                 mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 # in the layout of the parameter: the fused update walks both in memory order
-                mine = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v for k, v in mine.items()}
+                mine = {
+                    k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone()
+                    for k, v in mine.items()
+                }
                 if mine:
                     entries[i] = mine
             groups = optimizer.state_dict()["param_groups"]
