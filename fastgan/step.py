@@ -337,7 +337,7 @@ class Step:
                 for params in optimizer.param_groups:
                     torch._foreach_clamp_min_(params["params"], -self.config.clip)
                     torch._foreach_clamp_max_(params["params"], self.config.clip)
-            self.refresh()
+            self.refresh("D")
         terms = _mean(found)
         if watch:
             terms |= self._norms("D")
@@ -404,9 +404,9 @@ class Step:
         spread = {k: batch[k].float().std(0).mean().clamp_min(1e-6) for k in fakes}
         return {f"diversity_{k}": v.detach().float().std(0).mean() / spread[k] for k, v in fakes.items()}
 
-    def refresh(self) -> None:
-        """To be called after something else than a step has changed the networks' parameters."""
-        for optimizer in self.optimizers.values():
+    def refresh(self, groups: Sequence[str] = ("G", "D")) -> None:
+        """To be called after something else than an update has changed the parameters of a group."""
+        for optimizer in map(self.optimizers.get, groups):
             if isinstance(optimizer, Adam):
                 optimizer.refresh()
 
