@@ -2,8 +2,8 @@
 
 A step cannot be faster than its FLOP at the matrix-product ceiling, nor than its bytes at that of a copy.
 Bytes are those of bfloat16 activations and weights with float32 master weights, each tensor moved once per
-pass that needs it; the weights of a network are read once per launch. Norms, activations, padding and residual
-adds are free in the floor of a step; "passes" is what they cost where the statistics come out of the
+pass that needs it; the weights of a network are read once per launch. Norms, activations, padding and
+residual adds are free in the floor of a step; "passes" is what they cost where the statistics come out of the
 convolution and one pass forward and two backward do the rest.
 """
 

@@ -94,27 +94,37 @@ class System:
             nets[name].load_state_dict(state)
         return cls(nets, *self.images(device), **options)
 
-    def fastgan(
-        self, device: torch.device, *, autocast: torch.dtype | None, compile: bool, capture: bool
-    ) -> Run:
-        """fastgan's step; captured in CUDA graphs on request."""
-        recipe = RECIPES[self.recipe](self.settings)
+
+class FastganStep:
+    """fastgan's step on the images of a system, one per call."""
+
+    def __init__(
+        self, system: System, device: torch.device, *, autocast: torch.dtype | None, compile: bool
+    ) -> None:
+        recipe = RECIPES[system.recipe](system.settings)
         nets = recipe.networks(3, 3)
-        for name, state in self.weights().items():
+        for name, state in system.weights().items():
             nets[name].load_state_dict(state)
-        options: dict[str, Any] = {"capture": True} if capture else {}
-        step = Step(recipe, nets, device=device, autocast=autocast, compile=compile, **options)
-        a, b = (x.contiguous(memory_format=torch.channels_last) for x in self.images(device))
-        index = iter(range(10**9))
-        return lambda: common(step([{"A": a, "B": b}], next(index)))
+        self.step = Step(recipe, nets, device=device, autocast=autocast, compile=compile, capture=True)
+        a, b = (x.contiguous(memory_format=torch.channels_last) for x in system.images(device))
+        self.batches, self.index = [{"A": a, "B": b}], 0
+
+    @property
+    def note(self) -> str:
+        """Why it is no CUDA graph, on a GPU."""
+        return self.step.note
+
+    def __call__(self) -> Losses:
+        self.index += 1
+        return self.step(self.batches, self.index - 1)
 
 
 def common(terms: Losses) -> Losses:
-    """fastgan's losses under the names of upstream's."""
+    """Losses under the names of upstream's."""
     if "G_L1" in terms:
         return {key: terms[key] for key in ("G_GAN", "G_L1", "D")}
-    found = {key: terms[key] for key in ("G_A", "G_B", "D_A", "D_B")}
-    return found | {key: terms[f"{key}_A"] + terms[f"{key}_B"] for key in ("cycle", "idt")}
+    both = {key: terms[f"{key}_A"] + terms[f"{key}_B"] for key in ("cycle", "idt") if key not in terms}
+    return {key: terms[key] for key in ("G_A", "G_B", "D_A", "D_B", "cycle", "idt") if key in terms} | both
 
 
 class Rung(NamedTuple):
@@ -139,7 +149,7 @@ def rungs(device: torch.device, *, quick: bool = False) -> list[Rung]:
         return lambda system, device: system.upstream(device, **more)
 
     def ours(compile: bool) -> Callable[[System, torch.device], Run]:
-        return lambda system, device: system.fastgan(device, autocast=dtype, compile=compile, capture=cuda)
+        return lambda system, device: FastganStep(system, device, autocast=dtype, compile=compile)
 
     ladder = [
         Rung(BASELINE, f"upstream's step, eager {'fp32/TF32' if cuda else 'fp32'}, NCHW", False, upstream()),
@@ -179,7 +189,7 @@ EXACT, ROUNDED = (2e-3, 2e-3), (0.05, 0.15)
 
 def first_losses(run: Run) -> list[dict[str, float]]:
     """Losses of the first two steps."""
-    return [{name: float(value) for name, value in run().items()} for _ in range(2)]
+    return [{name: float(value) for name, value in common(run()).items()} for _ in range(2)]
 
 
 def differences(
@@ -229,7 +239,8 @@ def alternate(run: Run, baseline: Run, device: torch.device, rounds: int, *, spa
     """Rounds of both in turn, each at least `span` seconds long."""
     calls = {}
     for call in (baseline, run):
-        seconds(call, 2, device)
+        # fastgan records its step in the fourth
+        seconds(call, 3, device)
         calls[call] = max(1, round(span / seconds(call, 1, device)))
     timing = Timing()
     for _ in range(rounds):
@@ -317,6 +328,7 @@ def climb(
                 record["prepared_s"] = round(time.monotonic() - begin, 1)
                 if not record["differs"]:
                     record |= alternate(run, baseline, device, rounds, span=span).record()
+                    record["note"] = getattr(run, "note", "")
                     if memory:
                         record["peak_mib"] = round(footprint_apart(system, rung.name, device), 1)
             except Exception as error:

@@ -74,6 +74,10 @@ def _why(record: dict[str, Any]) -> str | None:
     return "computes something else: " + "; ".join(record["differs"][:2]) if record["differs"] else None
 
 
+def _note(record: dict[str, Any]) -> str:
+    return f" ({record['note']})" if record.get("note") else ""
+
+
 def _step_table(system: dict[str, Any]) -> list[str]:
     floors = "; ".join(f"{k} {1e3 * v['step']:.4g} ms" for k, v in system["floors"].items())
     lines = [f"{system['tflop']:.4g} TFLOP a step. Floor: {floors}.", ""]
@@ -89,8 +93,8 @@ def _step_table(system: dict[str, Any]) -> list[str]:
         low, high = record["speedup_quartiles"]
         peak = f"{record['peak_mib']:.0f}" if "peak_mib" in record else "-"
         lines.append(
-            f"| {record['label']} | {_plain(record['ms'])} | {record['speedup']:.2f} | {low:.2f} to {high:.2f} | "
-            f"{record['share_of_floor']:.2f} | {peak} |"
+            f"| {record['label']}{_note(record)} | {_plain(record['ms'])} | {record['speedup']:.2f} | "
+            f"{low:.2f} to {high:.2f} | {record['share_of_floor']:.2f} | {peak} |"
         )
     return lines
 

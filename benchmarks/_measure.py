@@ -14,6 +14,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 CUDA = torch.device("cuda")
+# floats of the copy and side of the product that show the ceilings
+COPIED, SIDE = {"cuda": 2**28, "cpu": 2**26}, {"cuda": 8192, "cpu": 2048}
 
 
 @dataclass
@@ -82,9 +84,9 @@ def measure_ceilings(
     `watch` is called while a GPU is at work.
     """
     cuda = device.type == "cuda"
-    source = torch.randn(2**28 if cuda else 2**26, device=device)
+    source = torch.randn(COPIED[device.type], device=device)
     target = torch.empty_like(source)
-    n = 8192 if cuda else 2048
+    n = SIDE[device.type]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
     def once(call: Callable[[], object]) -> float:

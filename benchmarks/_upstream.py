@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks._measure import captured
 
 IDENTITY, CYCLE, L1 = 5.0, 10.0, 100.0
-HISTORY = 50
+HISTORY, DROPOUT = 50, 0.5
 
 
 class Block(nn.Module):
@@ -70,7 +70,7 @@ class Level(nn.Module):
         head: list[nn.Module] = [] if outermost else [nn.LeakyReLU(0.2, True)]
         middle = [] if inside is None else [inside] if outermost else [nn.BatchNorm2d(inner), inside]
         tail: list[nn.Module] = [nn.Tanh()] if outermost else [nn.BatchNorm2d(outer)]
-        drop = [nn.Dropout(0.5)] if dropout else []
+        drop = [nn.Dropout(DROPOUT)] if dropout else []
         self.model = nn.Sequential(*head, down, *middle, nn.ReLU(True), up, *tail, *drop)
 
     def forward(self, x: Tensor) -> Tensor:

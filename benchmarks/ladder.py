@@ -4,10 +4,10 @@
     --only cyclegan inference       of cyclegan, pix2pix and inference
     --out DIR                       instead of benchmarks/results
 
-Writes ladder_<machine>_<date>.json (raw rounds, losses, kernels), .md (tables) and .png (bars) after every
-rung, so that a run that is cut off leaves what it has. A rung that cannot run says why in its line, and the
-rest goes on. Exits with 1 if a rung failed or computes something else than the first one. Without a GPU a
-small ladder of the same form is measured (128x128, 6 residual blocks, no graphs).
+Writes ladder_<machine>_<date>.json (raw rounds, losses, kernels) and .md (tables) after every rung, .png
+(bars) after every system, so that a run that is cut off leaves what it has. A rung that cannot run says why
+in its line, and the rest goes on. Exits with 1 if a rung failed or computes something else than the first.
+Without a GPU a small ladder of the same form is measured (128x128, 6 residual blocks, no graphs).
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ def measure(plan: Plan, out: Path, command: str) -> int:
         run["after"] = describe()
         path.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(markdown(run), encoding="utf-8")
-        chart(run, path.with_suffix(".png"))
 
     def note(where: str, record: dict[str, Any]) -> None:
         print(_line(where, record), flush=True)
@@ -141,12 +140,14 @@ def measure(plan: Plan, out: Path, command: str) -> int:
                 record["share_of_floor"] = 1e3 * floor / record["ms"]
             entry["records"].append(record)
             note(system.recipe, record)
+        chart(run, path.with_suffix(".png"))
     inference = _generators.measure(
         list(plan.cases), list(plan.ways), plan.device, rounds=plan.rounds, span=plan.span
     )
     for record in inference:
         run["inference"].append(record)
         note(record["case"], record)
+    chart(run, path.with_suffix(".png"))
     # last: a profiler slows down what follows it
     (ours,) = (rung for rung in plan.rungs if rung.name == "fastgan")
     for system in plan.systems:
