@@ -187,18 +187,23 @@ def free(device: torch.device) -> None:
 EXACT, ROUNDED = (2e-3, 2e-3), (0.05, 0.15)
 
 
+def limits(system: System, rung: Rung) -> tuple[float, float]:
+    """What the losses of a rung may differ by."""
+    return ROUNDED if rung.half or system.dropout else EXACT
+
+
 def first_losses(run: Run) -> list[dict[str, float]]:
     """Losses of the first two steps."""
     return [{name: float(value) for name, value in common(run()).items()} for _ in range(2)]
 
 
 def differences(
-    found: list[dict[str, float]], expected: list[dict[str, float]], limits: tuple[float, float]
+    found: list[dict[str, float]], expected: list[dict[str, float]], within: tuple[float, float]
 ) -> list[str]:
     """What is not within the limit of its step of what was expected, in words."""
     return [
         f"{name} of step {number} is {theirs[name]:.4g}, not {value:.4g}"
-        for number, (theirs, ours, limit) in enumerate(zip(found, expected, limits), start=1)
+        for number, (theirs, ours, limit) in enumerate(zip(found, expected, within), start=1)
         for name, value in ours.items()
         if not abs(theirs[name] - value) <= limit * abs(value)
     ]
@@ -323,8 +328,7 @@ def climb(
             try:
                 run = rung.build(system, device)
                 record["losses"] = first_losses(run)
-                limits = ROUNDED if rung.half or system.dropout else EXACT
-                record["differs"] = differences(record["losses"], expected, limits)
+                record["differs"] = differences(record["losses"], expected, limits(system, rung))
                 record["prepared_s"] = round(time.monotonic() - begin, 1)
                 if not record["differs"]:
                     record |= alternate(run, baseline, device, rounds, span=span).record()
