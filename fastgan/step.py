@@ -446,7 +446,6 @@ class Step:
             prefix = f"pool.{name}."
             found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             pool.load({k: v.to(self.device) for k, v in found.items()})
-        self.refresh()
         # a recording holds on to the memory of the tensors that were replaced
         self._recordings, self._warm = {}, 0
 

@@ -37,6 +37,7 @@ from fastgan.monitor import Monitor, expected_balance, nonfinite
 from fastgan.parallel import Ranks, sync_batch_norm, together
 from fastgan.recipes.base import Recipe
 from fastgan.schedule import lr_factor
+from fastgan.stack import MEMORY
 from fastgan.step import Source, Step
 
 SAMPLES = 6  # test images in a sample picture
@@ -102,8 +103,9 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.data = self._open()
         self.notes = list(self.data.notes)
+        memory = self._memory()
         with together(ranks):
-            self.step = self._step()
+            self.step = self._step(memory)
         if ranks:
             # equal already, as the seeds are, unless the machines are of different kinds
             for net in (*self.step.nets.values(), *self.step.ema.values()):
@@ -142,7 +144,23 @@ class Trainer:
         with together(ranks):
             return data or open_images(self.recipe, self.run, progress=False)
 
-    def _step(self) -> Step:
+    def _memory(self) -> str:
+        """What the networks keep: the fastest that fits, and on every rank the same."""
+        config = self.config
+        sizes = self.data.train.sizes()
+        largest = max(height for _, height, _ in sizes), max(width for _, _, width in sizes)
+        with together(self.ranks):
+            autocast = pick_precision(config.precision, self.device)
+            memory, line = fit(
+                self.recipe, self.data.channels, largest, self.device, autocast=autocast, memory=config.memory
+            )
+        if self.ranks:
+            memory = max(self.ranks.collect(memory), key=MEMORY.index)
+        if self.device.type != "cpu" or memory != "fast":
+            self.notes.append(line)
+        return memory
+
+    def _step(self, memory: str) -> Step:
         config, ranks = self.config, self.ranks
         seed_everything(config.seed, deterministic=config.deterministic)
         nets = self.recipe.networks(*self.data.channels)
@@ -150,13 +168,6 @@ class Trainer:
             for net in nets.values():
                 sync_batch_norm(net, ranks)
         autocast = pick_precision(config.precision, self.device)
-        sizes = self.data.train.sizes()
-        largest = max(height for _, height, _ in sizes), max(width for _, _, width in sizes)
-        memory, line = fit(
-            self.recipe, self.data.channels, largest, self.device, autocast=autocast, memory=config.memory
-        )
-        if self.device.type != "cpu" or memory != "fast":
-            self.notes.append(line)
         return Step(
             self.recipe, nets, device=self.device, autocast=autocast, compile=config.compile,
             capture=config.capture, ranks=ranks, memory=memory,
