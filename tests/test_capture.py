@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -147,6 +148,31 @@ def test_a_recorded_step_is_an_eager_step(case, monkeypatch):
         for key, value in state.items():
             assert torch.equal(value, twin[key]), (index, key)
     assert set(recorded._recordings) == {True, False}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_step_is_an_eager_step_on_a_gpu(case):
+    """Parameter by parameter, after the rate, the pool's draws and Adam's step number have changed."""
+    name, settings = CASES[case]
+    steps = []
+    for capture in (False, True):
+        recipe = RECIPES[name](RECIPES[name].config_class(**{**TINY, **settings}))
+        torch.manual_seed(0)
+        device = torch.device("cuda", 0)
+        nets = recipe.networks(3, 3)
+        steps.append(Step(recipe, nets, device=device, autocast=torch.bfloat16, capture=capture))
+    for index in range(WARM_UP + 4):
+        for step in steps:
+            torch.manual_seed(index)
+            given = [{k: v.cuda() for k, v in batch.items()} for batch in batches(step, index)]
+            step(given, index, 2.0 ** -(index % 3), watch=index % 2 == 0)
+    eager, captured = steps
+    assert captured.note == "" and set(captured._recordings) == {True, False}
+    for key, net in eager.nets.items():
+        for (name, p), q in zip(net.named_parameters(), captured.nets[key].parameters()):
+            # cuDNN may choose another algorithm for the eager step: a tenth of one update
+            assert_close(q, p, rtol=0, atol=TINY["lr"] / 10, msg=lambda m, at=(key, name): f"{at}: {m}")
 
 
 class Unrecordable(TorchDispatchMode):

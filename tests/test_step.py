@@ -96,8 +96,8 @@ COPIED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", COPIED)
 def test_copies_of_the_weights_stand_for_them(case):
-    """A GPU's step reads half-precision copies that the optimiser writes. Copies in the weights' own precision
-    change nothing, so every place that must use or refresh them does."""
+    """A GPU's step reads half-precision copies that the optimiser writes. Copies in the weights' own
+    precision change nothing, so every place that must use or refresh them does."""
     name, settings, memory = COPIED[case]
     plain, copied = (make(name, memory=m, **settings) for m in ("fast", memory))
     copied.optimizers = {
