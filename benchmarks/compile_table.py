@@ -103,7 +103,8 @@ def products(first: int) -> Iterator[tuple[str, str, str, str, str, int, Launch]
 
 
 def passes() -> Iterator[tuple[str, str, str, str, str, int, Launch]]:
-    """The bandwidth kernels at the size of a residual block, two networks with two images each."""
+    """The bandwidth kernels at the size of a residual block, two networks with two images each; the update
+    of an inner weight of unet_256, a batch of four images."""
 
     def meta(*shape: int, of: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -130,11 +131,21 @@ def passes() -> Iterator[tuple[str, str, str, str, str, int, Launch]]:
         _halo.reduce(g, conv.gradient, pending, x, None, x, True)
         _halo.gradient(g, conv.gradient, pending, conv.output, x, means=meta(4, 2, 256, of=torch.float32))
         _halo.gradient(rows[: 4 * image.rows], image, pending, image, x)
-    for launch in launches:
+    named = [("4x256x64x64", launch) for launch in launches]
+    adam, crop = (importlib.import_module(f"fastgan_kernels.{op}") for op in ("adam_step", "crop_images"))
+    p, copy, step = meta(512, 512, 4, 4, of=torch.float32), meta(512, 512, 4, 4), meta(of=torch.float32)
+    with record(adam) as launches, mock.patch.object(adam, "runs_kernel", lambda x: True):
+        adam._forward._init_fn([p], [p], [p], [p], [step], [copy], step, 0.5, 0.999, 1e-8)
+    named += [("512x512x4x4", launch) for launch in launches]
+    with record(crop) as launches, mock.patch.object(crop, "runs_kernel", lambda x: True):
+        store, records = meta(10**6, of=torch.uint8), meta(4, 6, of=torch.int64)
+        crop._forward._init_fn(store, records, 3, 256, 256, 0.0, 255.0, True, True, 0, torch.bfloat16)
+    named += [("4x3x256x256", launch) for launch in launches]
+    for layer, launch in named:
         blocks = [str(v) for k, v in launch.kwargs.items() if k.startswith("BLOCK")]
         for architecture in (80, 90, 100):
             yield (
-                "4x256x64x64",
+                layer,
                 "",
                 "x".join(blocks),
                 str(launch.kwargs.get("num_warps", 4)),
