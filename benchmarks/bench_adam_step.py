@@ -39,10 +39,10 @@ def bench_adam_step(measure, name, copies, grad, implementation):
     kind = getattr(torch, grad) if implementation == "triton" else torch.float32
     grads = [torch.randn_like(p).to(kind) for p in params]
     fused = implementation == "torch"
-    adam = torch.optim.Adam(params, lr=torch.tensor(2e-4), fused=fused, foreach=not fused, capturable=True)
     moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
     steps = [torch.zeros((), device="cuda") for _ in params]
     lr = torch.full((), 2e-4, device="cuda")
+    adam = torch.optim.Adam(params, lr=lr, fused=fused, foreach=not fused, capturable=True)
     for p, g in zip(params, grads):
         p.grad = g if implementation != "triton" else None
 

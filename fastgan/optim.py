@@ -119,13 +119,23 @@ class Adam(torch.optim.Adam):
             elif copy.grad is not None:
                 copy.grad.detach_().zero_()
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of this class or of torch.optim.Adam; the copies are written anew."""
+        """Take over the state of this class or of torch.optim.Adam; the copies are written anew.
+
+        Tensors that are here already, a learning rate among them, keep their place in memory: a captured step
+        knows it.
+        """
+        rates, before = [group["lr"] for group in self.param_groups], dict(self.state)
         super().load_state_dict(state_dict)
         for p, entry in self.state.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                # the update walks parameter and moments in one order of memory
-                entry[key] = torch.empty_like(p).copy_(entry[key])
+            for key, value in entry.items():
+                # moments in the memory order of the parameter, in which the update walks both
+                fresh = torch.zeros((), device=p.device) if key == "step" else torch.empty_like(p)
+                entry[key] = before.get(p, {}).get(key, fresh).copy_(value)
+        for group, rate in zip(self.param_groups, rates):
+            if isinstance(rate, Tensor):
+                group["lr"] = rate.fill_(group["lr"])
         self.refresh()
 
     @torch.no_grad()

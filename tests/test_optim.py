@@ -79,6 +79,20 @@ def test_state_moves_between_ours_and_torchs(ours_first):
     assert same(net, whole)
 
 
+def test_loading_keeps_the_addresses_of_a_captured_step():
+    net, other = network(), network()
+    rate = torch.tensor(2e-4)
+    adam, theirs = Adam(net.parameters(), rate), torch.optim.Adam(other.parameters(), lr=0.5)
+    train(net, adam, range(1))
+    train(other, theirs, range(3))
+    kept = {p: dict(entry) for p, entry in adam.state.items()}
+    adam.load_state_dict(theirs.state_dict())
+    assert adam.param_groups[0]["lr"] is rate and rate.item() == 0.5
+    for p, q in zip(net.parameters(), other.parameters()):
+        for key, value in adam.state[p].items():
+            assert value is kept[p][key] and torch.equal(value, theirs.state[q][key])
+
+
 def test_a_parameter_without_a_gradient_stays():
     net = network()
     adam = Adam(net.parameters(), **OPTIONS)

@@ -51,6 +51,8 @@ def adam_step(
 ) -> None:
     """Updates parameters, their two moments and step numbers in place, and overwrites the copies.
 
+    Under torch.no_grad() where they require gradients.
+
     params, exp_avgs, exp_avg_sqs: of one shape and layout each, dense, all float32 or all float64.
     grads: of the shape of params, one dtype; in another layout they are first brought to that of params.
     steps: of one element, float32, updates done so far. lr: of one element, float32 or float64.
