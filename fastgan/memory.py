@@ -8,6 +8,7 @@ their layouts (an upper bound), and `RESERVE` for what the libraries take.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
@@ -164,16 +165,19 @@ def choose(
         if found.peak_bytes <= free:
             return found
     assert found is not None
-    advice = []
-    for words, other, smaller in _changes(recipe, size, memory):
+    advice: dict[str, str] = {}
+    for flag, value, other, smaller in _changes(recipe, size, memory):
+        if flag in advice:
+            # the first of the sizes that fits
+            continue
         try:
             needed = estimated(other, size=smaller, memory=MEMORY[-1]).peak_bytes
         except ValueError:
             # a size that the networks do not take
             continue
         if needed <= free:
-            advice.append(f"{words} (about {needed / GB:.2f} GB)")
-    use = " or ".join(advice) or "a smaller --crop-size, --ngf or --batch-size"
+            advice[flag] = f"{flag} {value} (about {needed / GB:.2f} GB)"
+    use = " or ".join(advice.values()) or "a smaller --crop-size, --ngf or --batch-size"
     raise UsageError(
         f"--memory {found.memory} needs about {found.peak_bytes / GB:.2f} GB, "
         f"{free / GB:.2f} GB are free: use {use}"
@@ -182,25 +186,26 @@ def choose(
 
 def _changes(
     recipe: Recipe, size: tuple[int, int], memory: str
-) -> Iterator[tuple[str, Recipe, tuple[int, int]]]:
-    """What a person can change, with the recipe and the size that follow; in the mode that needs least."""
+) -> Iterator[tuple[str, str, Recipe, tuple[int, int]]]:
+    """What a person can change: flag, value, and the recipe and the size that follow."""
     config, least = recipe.config, "" if memory == "auto" else f" --memory {MEMORY[-1]}"
     if memory not in ("auto", MEMORY[-1]):
-        yield f"--memory {MEMORY[-1]}", recipe, size
+        yield "--memory", MEMORY[-1], recipe, size
     if config.batch_size > 1:
-        one = dataclasses.replace(config, batch_size=1)
-        same = f" --accumulate {config.batch_size}" if hasattr(config, "accumulate") else ""
-        yield f"--batch-size 1{same}{least}", type(recipe)(one), size
+        values, same = {"batch_size": 1}, ""
+        if hasattr(config, "accumulate"):
+            # the same images in each update
+            values["accumulate"] = config.batch_size * config.accumulate
+            same = f" --accumulate {values['accumulate']}"
+        one = type(recipe)(dataclasses.replace(config, **values))
+        yield "--batch-size", f"1{same}{least}", one, size
     flag = "--crop-size" if "crop" in config.preprocess else "--load-size"
     if config.preprocess == "none":
         flag = "--preprocess resize_and_crop --crop-size"
     for k in (1, 2, 3):
-        yield f"{flag} {size[1] >> k}{least}", recipe, (size[0] >> k, size[1] >> k)
-    yield (
-        f"--ngf {config.ngf // 2}{least}",
-        type(recipe)(dataclasses.replace(config, ngf=config.ngf // 2)),
-        size,
-    )
+        yield flag, f"{size[1] >> k}{least}", recipe, (size[0] >> k, size[1] >> k)
+    thin = dataclasses.replace(config, ngf=max(1, config.ngf // 2))
+    yield "--ngf", f"{thin.ngf}{least}", type(recipe)(thin), size
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -236,10 +241,20 @@ def _networks(recipe: Recipe, channels: tuple[int, int]) -> Nets:
                 if p.dim() == 4:
                     laid = p.detach().contiguous(memory_format=torch.channels_last)
                     setattr(module, name, nn.Parameter(laid))
-        # torch does not move a module with fake parameters
-        own = type(net)
-        net.__class__ = type(own.__name__, (own,), {"to": lambda self, *args, **kwargs: self})
+        # torch neither moves nor copies a module with fake parameters
+        own, methods = type(net), {"to": lambda self, *args, **kwargs: self, "__deepcopy__": _copy}
+        net.__class__ = type(own.__name__, (own,), methods)
     return nets
+
+
+def _copy(net: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    for p in net.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().clone(), p.requires_grad)
+    for buffer in net.buffers():
+        memo[id(buffer)] = buffer.clone()
+    new = net.__class__.__new__(net.__class__)
+    new.__dict__ = copy.deepcopy(net.__dict__, memo)
+    return new
 
 
 class _Live(TorchDispatchMode):
