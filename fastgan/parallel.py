@@ -221,11 +221,15 @@ class SyncBatchNorm2d(_BatchNorm):
             return super().forward(input)
         y, mean, var, count = _SyncNorm.apply(input, self.weight, self.bias, self.eps, self.ranks)
         if self.training and self.running_mean is not None and self.running_var is not None:
-            assert self.num_batches_tracked is not None
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                # a momentum of None is the plain mean of all batches so far
-                part = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+                number = self.num_batches_tracked
+                if number is not None:
+                    number.add_(1)
+                # a momentum of None is the plain mean of all batches so far; where they are not counted, as
+                # in torch, nothing is learned
+                part: Tensor | float = self.momentum or 0.0
+                if self.momentum is None and number is not None:
+                    part = 1 / number.to(mean.dtype)
                 unbiased = var * (count / (count - 1))
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), part)
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), part)

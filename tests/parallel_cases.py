@@ -41,10 +41,11 @@ TINY = [
 ]
 CYCLE = ["cyclegan", *TINY, "--blocks", "1", "--pool-size", "3"]
 # the pool overflows within the first step, its draws must be those of one process
+EACH = ["--n-critic", "2", "--accumulate", "2"]
 SYSTEMS = {
-    "cyclegan instance": [*CYCLE, "--norm", "instance", "--ema", "0.9"],
+    "cyclegan instance": [*CYCLE, "--norm", "instance", "--ema", "0.9", "--accumulate", "2"],
     "cyclegan batch": [*CYCLE, "--norm", "batch"],
-    "pix2pix": ["pix2pix", *TINY, "--levels", "3", "--pool-size", "3", "--n-critic", "2"],
+    "pix2pix": ["pix2pix", *TINY, "--levels", "3", "--pool-size", "3", *EACH],
 }
 # dropout draws differently on each rank: its states must come back as well
 RESUMED = ["pix2pix", *TINY, "--levels", "4", "--dropout", "--batch-size", "2", "--save-every", "2"]

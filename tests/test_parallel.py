@@ -23,7 +23,7 @@ from fastgan.device import pick_device
 from fastgan.layers import Conv2d
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
 from fastgan.parallel import Ranks, SyncBatchNorm2d, sync_batch_norm
-from fastgan.stack import run_layers
+from fastgan.stack import run_layers, set_memory
 from fastgan.train import make_recipe
 from fastgan.trainer import Trainer
 from tests import parallel_cases as cases
@@ -150,6 +150,20 @@ def test_a_synchronised_norm_runs_beside_fused_layers(name: str) -> None:
     torch.testing.assert_close(run_layers([copied.line], x), expected)
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(copied.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_synchronised_norm_may_compute_twice(name: str) -> None:
+    once = NETWORKS[name]().double()
+    sync_batch_norm(once, Alone())
+    twice = copy.deepcopy(once)
+    set_memory([twice], "least")
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    for net in (once, twice):
+        net(x).square().mean().backward()
+    torch.testing.assert_close(dict(twice.named_buffers()), dict(once.named_buffers()))
+    mine = {key: p.grad for key, p in twice.named_parameters()}
+    torch.testing.assert_close(mine, {key: p.grad for key, p in once.named_parameters()})
 
 
 @pytest.mark.parametrize("affine", [True, False])
