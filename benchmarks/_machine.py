@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -38,6 +39,17 @@ def describe() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "gpu": gpu_state() if torch.cuda.is_available() else None,
     }
+
+
+def free_name(out: Path, machine: dict[str, Any], begin: str = "") -> Path:
+    """<begin><gpu or cpu>_<date> in a folder, with a number where a run of the day is there already."""
+    name = machine["gpu"]["name"] if machine["gpu"] else "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia")).strip("-")
+    stem = f"{begin}{name}_{machine['date'][:10]}"
+    number = 1
+    while (out / f"{stem}{f'_{number}' * (number > 1)}.json").exists():
+        number += 1
+    return out / f"{stem}{f'_{number}' * (number > 1)}"
 
 
 def gpu_state() -> dict[str, Any]:

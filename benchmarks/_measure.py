@@ -7,9 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+CUDA = torch.device("cuda")
+# floats of the copy and side of the product that show the ceilings
+COPIED, SIDE = {"cuda": 2**28, "cpu": 2**26}, {"cuda": 8192, "cpu": 2048}
 
 
 @dataclass
@@ -21,7 +27,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches in this process: bytes read plus written by a copy, a bf16 matrix product."""
+    """What the device reaches in this process: bytes read plus written by a copy, a matrix product."""
 
     bytes_per_second: float
     flop_per_second: float
@@ -70,21 +76,33 @@ def events_seconds(call: Callable[[], object], calls: int) -> float:
     return begin.elapsed_time(end) * 1e-3 / calls
 
 
-def measure_ceilings(watch: Callable[[], object]) -> Ceilings:
-    """Medians of a 1 GiB copy and of an 8192 x 8192 x 8192 product of random bf16.
+def measure_ceilings(
+    watch: Callable[[], object], device: torch.device = CUDA, dtype: torch.dtype = torch.bfloat16
+) -> Ceilings:
+    """Medians of a 1 GiB copy and of an 8192 x 8192 x 8192 product; on a CPU 256 MiB and 2048.
 
-    `watch` is called while the GPU is at work.
+    `watch` is called while a GPU is at work.
     """
-    source = torch.randn(2**28, device="cuda")
+    cuda = device.type == "cuda"
+    source = torch.randn(COPIED[device.type], device=device)
     target = torch.empty_like(source)
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    copies = [events_seconds(lambda: target.copy_(source), 10) for _ in range(7)]
-    products = [events_seconds(lambda: a @ b, 10) for _ in range(7)]
-    for _ in range(100):
-        a @ b
-    watch()
-    torch.cuda.synchronize()
+    n = SIDE[device.type]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+    def once(call: Callable[[], object]) -> float:
+        if cuda:
+            return events_seconds(call, 10)
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    copies = [once(lambda: target.copy_(source)) for _ in range(7)]
+    products = [once(lambda: a @ b) for _ in range(7)]
+    if cuda:
+        for _ in range(100):
+            a @ b
+        watch()
+        torch.cuda.synchronize()
     return Ceilings(2 * source.nbytes / statistics.median(copies), 2 * n**3 / statistics.median(products))
 
 
@@ -132,6 +150,25 @@ def prepare(call: Callable[[], object]) -> Timed:
         torch.cuda.synchronize()
 
     return Timed(replay, calls, "graph", seconds)
+
+
+def captured(call: Callable[[], T]) -> Callable[[], T]:
+    """A call as the replay of a CUDA graph, which writes the result of the capture anew; warmed up first."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = call()
+
+    def replay() -> T:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -29,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 # run as a script, the folder of this file is on the path, not the root
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks._machine import describe  # noqa: E402
+from benchmarks._machine import describe, free_name  # noqa: E402
 from benchmarks._report import markdown  # noqa: E402
 
 # a case that begins just before the end may tune or compile for a minute
@@ -105,16 +104,6 @@ def benchmark(op: str, quick: bool, minutes: float | None) -> dict[str, Any]:
 
 def nothing(op: str, reason: str) -> dict[str, Any]:
     return {"benchmarks": [], "gpu_under_load": None, "not_measured": [(op, reason)]}
-
-
-def free_name(out: Path, machine: dict[str, Any]) -> Path:
-    """<gpu>_<date> in a folder, with a number where a run of the day is there already."""
-    name = re.sub(r"[^a-z0-9]+", "-", machine["gpu"]["name"].lower().removeprefix("nvidia")).strip("-")
-    stem = f"{name}_{machine['date'][:10]}"
-    number = 1
-    while (out / f"{stem}{f'_{number}' * (number > 1)}.json").exists():
-        number += 1
-    return out / f"{stem}{f'_{number}' * (number > 1)}"
 
 
 def write_table(out: Path | None) -> None:

@@ -126,9 +126,10 @@ def test_a_run_without_any_result_still_has_a_page():
 
 def test_a_second_run_of_the_day_has_a_name_of_its_own(tmp_path):
     for name in ("h200_2026-11-21", "h200_2026-11-21_2", "h200_2026-11-21_3"):
-        path = run.free_name(tmp_path, machine())
+        path = _machine.free_name(tmp_path, machine())
         assert path == tmp_path / name
         path.with_suffix(".json").touch()
+    assert _machine.free_name(tmp_path, machine() | {"gpu": None}, "ladder_").name == "ladder_cpu_2026-11-21"
 
 
 def test_the_shipped_table_is_written(monkeypatch, tmp_path, capsys):
