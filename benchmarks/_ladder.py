@@ -168,15 +168,24 @@ def rungs(device: torch.device, *, quick: bool = False) -> list[Rung]:
 @contextlib.contextmanager
 def fair() -> Iterator[None]:
     """What every rung may count on: cuDNN's benchmark mode, as upstream sets it, and channels_last through a
-    compiled backward."""
+    compiled backward. What torch.compile gives up on is an error, not an eager step."""
     inductor, option = import_module("torch._inductor.config"), "force_layout_optimization"
     given = {option: True} if torch.cuda.is_available() and hasattr(inductor, option) else {}
-    with torch.backends.cudnn.flags(benchmark=True, allow_tf32=True), inductor.patch(given):
-        yield
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        with (
+            inductor.patch(given),
+            import_module("torch._dynamo.config").patch(fail_on_recompile_limit_hit=True),
+        ):
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def free(device: torch.device) -> None:
-    """Give back what the last rung left."""
+    """Give back what the last rung left, compiled code too: a function compiled too often stays eager."""
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -188,8 +197,8 @@ EXACT, ROUNDED = (2e-3, 2e-3), (0.05, 0.15)
 
 
 def limits(system: System, rung: Rung) -> tuple[float, float]:
-    """What the losses of a rung may differ by."""
-    return ROUNDED if rung.half or system.dropout else EXACT
+    """What the losses of a rung may differ by; TF32 on a GPU rounds, too."""
+    return ROUNDED if rung.half or system.dropout or torch.cuda.is_available() else EXACT
 
 
 def first_losses(run: Run) -> list[dict[str, float]]:
@@ -241,12 +250,10 @@ def seconds(run: Callable[[], object], calls: int, device: torch.device) -> floa
 
 
 def alternate(run: Run, baseline: Run, device: torch.device, rounds: int, *, span: float = 0.05) -> Timing:
-    """Rounds of both in turn, each at least `span` seconds long."""
-    calls = {}
-    for call in (baseline, run):
-        # fastgan records its step in the fourth
-        seconds(call, 3, device)
-        calls[call] = max(1, round(span / seconds(call, 1, device)))
+    """Rounds of both in turn, each at least `span` seconds long; the baseline is warm."""
+    # its first two steps are done; on a GPU fastgan records its step in the fourth
+    seconds(run, 3 if device.type == "cuda" else 1, device)
+    calls = {call: max(1, round(span / seconds(call, 1, device))) for call in (baseline, run)}
     timing = Timing()
     for _ in range(rounds):
         timing.baseline.append(seconds(baseline, calls[baseline], device))
@@ -254,38 +261,31 @@ def alternate(run: Run, baseline: Run, device: torch.device, rounds: int, *, spa
     return timing
 
 
-def footprint(build: Callable[[], Run], device: torch.device) -> float:
-    """MiB that a step needs in all: weights, optimiser state, gradients, activations and graphs.
+def held(device: torch.device) -> int:
+    """Bytes of a GPU that are taken: tensors outside of CUDA graphs, and the memory pools of those."""
+    taken = 0
+    for segment in torch.cuda.memory_snapshot():
+        if torch.device("cuda", segment["device"]) == torch.device("cuda", device.index or 0):
+            shared = tuple(segment["segment_pool_id"]) == (0, 0)
+            taken += segment["allocated_size" if shared else "total_size"]
+    return taken
 
-    Counted from before the networks are built. On a GPU: the highest allocation in a step, or what lies
-    outside the pools of CUDA graphs plus those pools, if that is more.
-    """
-    free(device)
-    if device.type != "cuda":
-        with peak_memory(device) as peak:
-            run = build()
-            run()
-            run()
-        return peak.mib
-    before = torch.cuda.memory_allocated(device)
-    run = build()
-    # the first steps try algorithms and capture; their memory is not what training needs
-    for _ in range(4):
-        run()
+
+def footprint(run: Run, before: int, device: torch.device) -> float:
+    """MiB that a warm step needs on a GPU beyond what was `held` before it was built: weights, optimiser
+    state, gradients, activations, graphs."""
+    synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
     run()
     synchronize(device)
-    highest = torch.cuda.max_memory_allocated(device)
-    segments = torch.cuda.memory_snapshot()
-    private = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
-    outside = sum(s["allocated_size"] for s in segments if s not in private)
-    return (max(highest, outside + sum(s["total_size"] for s in private)) - before) / 2**20
+    above = torch.cuda.max_memory_allocated(device) - start
+    return (held(device) + above - before) / 2**20
 
 
-def footprint_apart(system: System, rung: str, device: torch.device) -> float:
-    """The same in a process of its own: on a CPU the profiler that counts slows down all that follows, and on
-    a GPU nothing of another rung is in the way."""
-    code = f"from benchmarks._ladder import *; print(footprint_of({system!r}, {rung!r}, {device.type!r}))"
+def footprint_apart(system: System, rung: str) -> float:
+    """The same on a CPU, in a process of its own: the profiler that counts slows down all that follows."""
+    code = f"from benchmarks._ladder import *; print(cpu_footprint({system!r}, {rung!r}))"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     child = subprocess.run(
         [sys.executable, "-c", code],
@@ -298,12 +298,15 @@ def footprint_apart(system: System, rung: str, device: torch.device) -> float:
     return float(child.stdout.split()[-1])
 
 
-def footprint_of(system: System, rung: str, device: str) -> float:
-    """What `footprint_apart` runs."""
-    where = torch.device(device)
-    (found,) = (r for r in rungs(where) if r.name == rung)
-    with fair():
-        return footprint(lambda: found.build(system, where), where)
+def cpu_footprint(system: System, rung: str) -> float:
+    """What `footprint_apart` runs: MiB at the highest moment from before the networks are built."""
+    device = torch.device("cpu")
+    (found,) = (r for r in rungs(device) if r.name == rung)
+    with fair(), peak_memory(device) as peak:
+        run = found.build(system, device)
+        run()
+        run()
+    return peak.mib
 
 
 def climb(
@@ -325,6 +328,8 @@ def climb(
         for rung in ladder:
             record: dict[str, Any] = {"system": str(system), "rung": rung.name, "label": rung.label}
             begin = time.monotonic()
+            cuda = device.type == "cuda"
+            before = held(device) if cuda else 0
             try:
                 run = rung.build(system, device)
                 record["losses"] = first_losses(run)
@@ -333,8 +338,10 @@ def climb(
                 if not record["differs"]:
                     record |= alternate(run, baseline, device, rounds, span=span).record()
                     record["note"] = getattr(run, "note", "")
-                    if memory:
-                        record["peak_mib"] = round(footprint_apart(system, rung.name, device), 1)
+                    if cuda:
+                        record["peak_mib"] = round(footprint(run, before, device), 1)
+                    elif memory:
+                        record["peak_mib"] = round(footprint_apart(system, rung.name), 1)
             except Exception as error:
                 record["error"] = reason(error)
             run = None  # type: ignore[assignment]

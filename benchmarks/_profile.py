@@ -47,7 +47,8 @@ def profile(
     kernels = []
     for event in found.key_averages():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_device != cuda:
+        # spans that a profiler draws over kernels are no kernels
+        if on_device != cuda or (cuda and event.is_user_annotation):
             continue
         micro = event.self_device_time_total if cuda else event.self_cpu_time_total
         if micro:

@@ -24,6 +24,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=9 if cuda else 3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     given = parser.parse_args(arguments)
+    if find_spec("matplotlib") is None:
+        parser.error("the chart needs matplotlib: pip install -e '.[bench]'")
     try:
         if given.steps < 2 * WINDOW:
             raise UsageError(f"--steps must be at least {2 * WINDOW}, got {given.steps}")

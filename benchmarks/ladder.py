@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def make_plan(device: torch.device, only: Sequence[str] = PARTS, *, quick: bool 
         cases if "inference" in only else [],
         rungs(device, quick=quick),
         _generators.ways(device, quick=quick),
-        rounds=(10 if quick else 30) if cuda else (3 if quick else 7),
+        rounds=(10 if quick else 30) if cuda else (3 if quick else 5),
         profiled_steps=10 if cuda else 2,
     )
 
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     given = parser.parse_args(arguments)
+    if find_spec("matplotlib") is None:
+        parser.error("the chart needs matplotlib: pip install -e '.[bench]'")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     command = "python benchmarks/ladder.py" + " --quick" * given.quick
     command += f" --only {' '.join(given.only)}" if given.only != PARTS else ""

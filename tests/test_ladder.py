@@ -174,7 +174,13 @@ def test_the_footprint_holds_weights_and_optimiser():
     step = system.upstream(CPU)
     parameters = sum(p.numel() for net in step.nets.values() for p in net.parameters())
     # four bytes each of weight, gradient and two moments
-    assert _ladder.footprint_of(system, "eager", "cpu") > 16 * parameters / 2**20
+    assert _ladder.cpu_footprint(system, "eager") > 16 * parameters / 2**20
+
+
+def test_cudnn_searches_while_rungs_are_timed():
+    with _ladder.fair():
+        assert torch.backends.cudnn.enabled and torch.backends.cudnn.benchmark
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 def test_a_gpu_climbs_over_a_graph_at_full_size():
