@@ -16,12 +16,23 @@ from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
 # settings that may differ between two starts of one run: they change nothing that is computed at a given step
 FREE_ON_RESUME = {
-    *("device", "compile", "threads", "runs", "name", "preset", "epochs", "epochs_decay", "steps"),
+    *("device", "compile", "capture", "memory", "data_on", "threads", "runs", "name", "preset"),
+    *("epochs", "epochs_decay", "steps"),
     *("log_every", "sample_every", "save_every", "keep", "tensorboard"),
 }
 AT_LEAST_ONE = (
-    *("load_size", "crop_size", "ngf", "ndf", "n_critic", "batch_size", "steps", "lr_decay_epochs"),
-    *("log_every", "sample_every", "save_every", "keep", "threads", "channels", "channels_b", "max_images"),
+    *("load_size", "crop_size", "ngf", "ndf", "n_critic", "batch_size", "accumulate", "steps"),
+    *(
+        "lr_decay_epochs",
+        "log_every",
+        "sample_every",
+        "save_every",
+        "keep",
+        "threads",
+        "channels",
+        "channels_b",
+        "max_images",
+    ),
 )
 AT_LEAST_ZERO = (
     *("blocks", "pool_size", "epochs", "epochs_decay", "lr", "lr_d", "clip", "lambda_gp", "init_gain"),
@@ -84,7 +95,8 @@ class Config:
     lr_d: float | None = None  # learning rate of D; default: that of G
     beta1: float = 0.5  # Adam
     beta2: float = 0.999  # Adam
-    batch_size: int = 1  # images per domain and update
+    batch_size: int = 1  # images per domain, update and process
+    accumulate: int = 1  # batches whose gradients are added up for one update
     epochs: int = 100  # epochs at the full learning rate
     epochs_decay: int = 100  # epochs of decay after that (linear)
     steps: int | None = None  # train this many steps in all; the schedule is spread over them
@@ -96,6 +108,9 @@ class Config:
     device: str = "auto"  # cuda, cuda:1, mps, cpu
     precision: Literal["auto", "bf16", "fp32", "tf32"] = "auto"  # auto: bf16 where the hardware has it
     compile: bool = False  # torch.compile the networks
+    capture: bool = True  # whole step as one CUDA graph where possible
+    memory: Literal["auto", "fast", "low", "least"] = "auto"  # activations kept or computed again: see README
+    data_on: Literal["auto", "device", "host"] = "auto"  # where the decoded images lie
     threads: int | None = None  # CPU threads; default: torch's own choice
     log_every: int = 50  # steps between two log lines
     sample_every: int = 500  # steps between two sample pictures

@@ -9,12 +9,25 @@ import torch
 from fastgan.config import UsageError
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a `--device` value.
+def pick_device(name: str, local: int | None = None, local_size: int = 1) -> torch.device:
+    """The device of a `--device` value; of several processes on this machine, number `local` of
+    `local_size`.
 
     Raises:
-        UsageError: unknown or absent device.
+        UsageError: unknown or absent device, or fewer GPUs than processes.
     """
+    if local is not None:
+        if name not in ("auto", "cuda", "cpu"):
+            raise UsageError(f"--device {name} is for one process: leave it out, or give cuda or cpu")
+        if name != "cpu" and torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            if local_size > count:
+                raise UsageError(
+                    f"{local_size} processes for {count} GPUs: give torchrun --nproc-per-node {count}"
+                )
+            torch.cuda.set_device(local)
+            return torch.device("cuda", local)
+        name = "cpu" if name == "auto" else name
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

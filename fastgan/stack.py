@@ -175,10 +175,6 @@ def _pieces(places: Sequence[Same]) -> Iterator[list[Same]]:
         yield list(places[start:])
 
 
-def _is_block(module: nn.Module) -> bool:
-    return hasattr(module, "residual_body")
-
-
 def _keeps_itself(module: nn.Module) -> bool:
     """A level runs its own pieces; what works in place keeps its output, which is the input that follows."""
     return hasattr(module, "stacked") or getattr(module, "inplace", False)
@@ -201,20 +197,21 @@ def _again(function: Callable[[Tensor], Tensor], x: Tensor, piece: Sequence[Same
         return checkpoint(function, x, use_reentrant=False)
     # the fused ops have their seed; and to read the state of a GPU's generator would end a capture
     random = _drops(piece) and not runs_fused(x)
-    second = _Second([module for same in piece for each in same for module in each.modules()])
+    second = KeptStatistics(each for same in piece for each in same)
     return checkpoint(
         function, x, use_reentrant=False, preserve_rng_state=random,
         context_fn=lambda: (contextlib.nullcontext(), second),
     )  # fmt: skip
 
 
-class _Second:
-    """While modules compute again: the running statistics have seen the batch.
+class KeptStatistics:
+    """While networks compute a second time: the running statistics have seen the batch.
 
-    Entered for every backward pass: a gradient penalty has two.
+    May be entered more than once: a gradient penalty has two backward passes.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, nets: Iterable[nn.Module]) -> None:
+        modules = [module for net in nets for module in net.modules()]
         norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
 
@@ -243,6 +240,12 @@ def _fuse(places: Sequence[Same], x: Tensor, seed: Tensor | None = None, recompu
             x = _convolve(run, x, seed, recompute) if run else same[0](x)
             at += max(1, len(run))
     return x
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module is a residual block of layers that the op takes: no norm over several processes."""
+    body = getattr(module, "residual_body", None)
+    return body is not None and all(_kind(layer) is not None for layer in _flat(body))
 
 
 def _flat(line: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -1,14 +1,22 @@
-"""python -m fastgan.train RECIPE [flags]: train a system; without --data on the embedded digits."""
+"""python -m fastgan.train RECIPE [flags]: train a system; without --data on the embedded digits.
+
+On several GPUs: torchrun --nproc-per-node N -m fastgan.train RECIPE [flags].
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fastgan.checkpoint import CheckpointError
-from fastgan.config import Config, UsageError, fail, parse
+from fastgan.config import Config, UsageError, parse
 from fastgan.data.images import DataError
+from fastgan.parallel import LostRank, Ranks, together
 from fastgan.recipes import RECIPES
 from fastgan.recipes.base import Recipe
 from fastgan.trainer import Diverged, Interrupted, Trainer
@@ -19,6 +27,7 @@ USAGE = f"""usage: python -m fastgan.train {{{",".join(RECIPES)}}} [flags]
   python -m fastgan.train cyclegan --data FOLDER    your images: trainA/ and trainB/
   python -m fastgan.train pix2pix --data FOLDER     your pairs: train/ with A and B side by side
   python -m fastgan.train cyclegan --help           all flags of a recipe
+  torchrun --nproc-per-node 2 -m fastgan.train ...  the same on two GPUs
 
 The same command again goes on where the last one stopped."""
 
@@ -52,30 +61,55 @@ def make_recipe(args: Sequence[str]) -> Recipe:
 def main(args: Sequence[str] | None = None) -> None:
     """Train; exit code 0 finished, 2 a mistake in the call or its files, 1 diverged, 130 or 143 a signal."""
     args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
-        raise SystemExit(0 if args else 2)
-    started = False
-    try:
-        trainer = Trainer(make_recipe(args))
-        trainer.resume()
-        if trainer.done >= trainer.total:
-            print(f"{trainer.run} is finished: more --epochs or --steps go on, another --name starts anew")
-            return
-        started = True
-        trainer.train()
-    except Interrupted as stop:
-        raise SystemExit(stop.code) from None
-    except KeyboardInterrupt:
-        fail("stopped at once: what the last checkpoint holds remains" if started else "stopped", 130)
-    except Diverged as error:
-        fail(error, 1)
-    except (UsageError, DataError, CheckpointError) as error:
-        fail(error)
-    except OSError as error:
-        # a full or unwritable disk under the log, a picture or the page
-        fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}; the last checkpoint remains")
-    print(f"finished: {trainer.run}/index.html shows the pictures and the curves")
+    ranks, trainer, started = None, None, False
+    # of several processes the first one alone answers
+    first = os.environ.get("RANK", "0") == "0"
+    with contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
+        if not args or args[0] in ("-h", "--help"):
+            print(USAGE)
+            raise SystemExit(0 if args else 2)
+        try:
+            ranks = Ranks.start()
+            with together(ranks):
+                recipe = make_recipe(args)
+            trainer = Trainer(recipe, ranks)
+            trainer.resume()
+            if trainer.done >= trainer.total:
+                print(
+                    f"{trainer.run} is finished: more --epochs or --steps go on, another --name starts anew"
+                )
+            else:
+                started = True
+                trainer.train()
+                print(f"finished: {trainer.run}/index.html shows the pictures and the curves")
+            if ranks:
+                ranks.close()
+        except Interrupted as stop:
+            _end(ranks, "", stop.code)
+        except KeyboardInterrupt:
+            said = "stopped at once: what the last checkpoint holds remains" if started else "stopped"
+            _end(ranks, said if first else "", 130)
+        except Diverged as error:
+            _end(ranks, str(error), 1)
+        except LostRank as error:
+            _end(ranks, str(error) if first else "")
+        except (UsageError, DataError, CheckpointError) as error:
+            _end(ranks, str(error))
+        except OSError as error:
+            # a full or unwritable disk under the log, a picture or the page
+            name = error.filename or "a file"
+            _end(ranks, f"{name} cannot be written: {error.strerror}; the last checkpoint remains")
+
+
+def _end(ranks: Ranks | None, error: str, code: int = 2) -> NoReturn:
+    """End with one line: the first process's where all have the same error, else that of the one that has."""
+    agreed = ranks if ranks and ranks.agreed else None
+    if error and (agreed is None or agreed.first):
+        print("error: " + " ".join(error.split()), file=sys.stderr, flush=True)
+    if agreed is not None:
+        # not before the first one has spoken: torchrun ends them all as soon as one has ended
+        agreed.close()
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 A run is a folder `<runs>/<name>/`: config.json, log.jsonl, samples/, checkpoints/, cache/, index.html.
 Starting the same command again goes on from the newest checkpoint; batch k and the draws of step k depend on
 k and the seed alone, so 30 steps, a kill and 30 more are the same computation as 60.
+
+With several processes (`fastgan.parallel`) all compute, each on its part of the global batch; the first one
+alone writes, and an error or a signal of one ends all at the same step.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -21,14 +25,19 @@ from torch.nn import functional as F
 
 from fastgan import __version__, checkpoint
 from fastgan.config import UsageError, changed, flag, read_json, to_json, write_text
-from fastgan.data.dataset import Data, Loader, open_data
+from fastgan.data.dataset import Data, open_data
+from fastgan.data.feed import Loader, open_feed
+from fastgan.data.resident import Resident, one_size
 from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
+from fastgan.memory import fit
 from fastgan.models import translate_any_size
 from fastgan.models.patchgan import smallest_side
 from fastgan.monitor import Monitor, expected_balance, nonfinite
+from fastgan.parallel import Ranks, sync_batch_norm, together
 from fastgan.recipes.base import Recipe
-from fastgan.step import Step, lr_factor
+from fastgan.schedule import lr_factor
+from fastgan.step import Source, Step
 
 SAMPLES = 6  # test images in a sample picture
 PAGE_SECONDS = 60  # the page follows the curves this often, and every new picture
@@ -78,29 +87,81 @@ class Trainer:
 
     Args:
         recipe: the system with its settings.
+        ranks: the processes that train together; None: this one alone.
 
     Raises:
         UsageError, DataError, CheckpointError: what the person has to change, before anything is overwritten.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks | None = None) -> None:
         config = recipe.config
-        self.recipe, self.config = recipe, config
+        self.recipe, self.config, self.ranks = recipe, config, ranks
+        self.rank, self.size = (ranks.rank, ranks.size) if ranks else (0, 1)
         self.run = run_folder(recipe)
-        self.device = pick_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self._check_earlier_start()
-        self.data = open_images(recipe, self.run, progress=sys.stderr.isatty())
-        self._check_sizes()
-        seed_everything(config.seed, deterministic=config.deterministic)
-        nets = recipe.networks(*self.data.channels)
-        autocast = pick_precision(config.precision, self.device)
-        self.step = Step(recipe, nets, device=self.device, autocast=autocast, compile=config.compile)
-        self.steps_per_epoch = self.data.train.steps_per_epoch(config.batch_size * config.n_critic)
+        self.data = self._open()
+        self.notes = list(self.data.notes)
+        with together(ranks):
+            self.step = self._step()
+        if ranks:
+            # equal already, as the seeds are, unless the machines are of different kinds
+            for net in (*self.step.nets.values(), *self.step.ema.values()):
+                ranks.broadcast([*net.parameters(), *net.buffers()])
+            self.step.refresh()
+            torch.manual_seed(config.seed + self.rank)
+        self.batches = config.n_critic * config.accumulate
+        self.images = config.batch_size * self.batches * self.size
+        self.steps_per_epoch = self.data.train.steps_per_epoch(self.images)
         self.total = config.steps or (config.epochs + config.epochs_decay) * self.steps_per_epoch
         self.done = 0
-        self.stopped_by: int | None = None
+        self.stopped_by = 0
+
+    def _open(self) -> Data:
+        """Device and images; the first rank decodes them into the cache, where the others then read them."""
+        config, ranks = self.config, self.ranks
+        if ranks:
+            settings = ranks.collect(to_json(config))
+            for key, value in settings[0].items():
+                if any(other.get(key) != value for other in settings):
+                    ranks.agreed = True
+                    raise UsageError(
+                        f"the processes were given different {flag(key)}: start all of them alike"
+                    )
+        data: Data | None = None
+        with together(ranks):
+            self.device = (
+                pick_device(config.device, ranks.local, ranks.local_size)
+                if ranks
+                else pick_device(config.device)
+            )
+            self._check_earlier_start()
+            if self.rank == 0:
+                data = open_images(self.recipe, self.run, progress=sys.stderr.isatty())
+                self._check_sizes(data)
+        with together(ranks):
+            return data or open_images(self.recipe, self.run, progress=False)
+
+    def _step(self) -> Step:
+        config, ranks = self.config, self.ranks
+        seed_everything(config.seed, deterministic=config.deterministic)
+        nets = self.recipe.networks(*self.data.channels)
+        if ranks:
+            for net in nets.values():
+                sync_batch_norm(net, ranks)
+        autocast = pick_precision(config.precision, self.device)
+        sizes = self.data.train.sizes()
+        largest = max(height for _, height, _ in sizes), max(width for _, _, width in sizes)
+        memory, line = fit(
+            self.recipe, self.data.channels, largest, self.device, autocast=autocast, memory=config.memory
+        )
+        if self.device.type != "cpu" or memory != "fast":
+            self.notes.append(line)
+        return Step(
+            self.recipe, nets, device=self.device, autocast=autocast, compile=config.compile,
+            capture=config.capture, ranks=ranks, memory=memory,
+            fixed_size=one_size(self.data.train) is not None,
+        )  # fmt: skip
 
     def _check_earlier_start(self) -> None:
         path = self.run / "config.json"
@@ -116,17 +177,15 @@ class Trainer:
                 f"{self.run} was started with {was}: give the same again to go on, or another --name"
             )
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, data: Data) -> None:
         c = self.config
         multiple = 4 if c.generator == "resnet" else 2**c.levels
         network = "a ResNet" if c.generator == "resnet" else f"{c.generator} with --levels {c.levels}"
         least = smallest_side(c.patch)
-        sizes = self.data.train.sizes()
+        sizes = data.train.sizes()
         for name, height, width in sizes:
             which = (
-                f"images of {width}x{height} pixels"
-                if self.data.size
-                else f"{name} of {width}x{height} pixels"
+                f"images of {width}x{height} pixels" if data.size else f"{name} of {width}x{height} pixels"
             )
             if height % multiple or width % multiple:
                 raise UsageError(
@@ -137,16 +196,33 @@ class Trainer:
                 raise UsageError(
                     f"{which}: --patch {c.patch} needs at least {least}; choose a smaller --patch"
                 )
-        if c.batch_size > 1 and len({size[1:] for size in sizes}) > 1:
-            raise UsageError(f"--preprocess {c.preprocess} leaves images of unequal size: use --batch-size 1")
-        if getattr(c, "lambda_identity", 0) > 0 and self.data.channels[0] != self.data.channels[1]:
-            a, b = self.data.channels
+        if c.batch_size * self.size > 1 and len({size[1:] for size in sizes}) > 1:
+            alone = " and one process" if self.size > 1 else ""
+            raise UsageError(
+                f"--preprocess {c.preprocess} leaves images of unequal size: use --batch-size 1{alone}"
+            )
+        if getattr(c, "lambda_identity", 0) > 0 and data.channels[0] != data.channels[1]:
+            a, b = data.channels
             raise UsageError(
                 f"A has {a} channels and B {b}: the identity loss needs equal ones, add --lambda-identity 0"
             )
 
     def resume(self) -> None:
-        """Load the newest checkpoint of the run, if there is one."""
+        """Load the newest checkpoint of the run, if there is one.
+
+        Raises:
+            CheckpointError: it cannot be read or does not fit.
+            UsageError: the processes do not see the same checkpoint.
+        """
+        with together(self.ranks):
+            self._load()
+        if self.ranks and len(set(self.ranks.collect(self.done))) > 1:
+            self.ranks.agreed = True
+            raise UsageError(
+                f"{self.run} is another folder for each process: --runs must be one that all see"
+            )
+
+    def _load(self) -> None:
         found = checkpoint.checkpoints(self.run / "checkpoints")
         if not found:
             return
@@ -156,19 +232,34 @@ class Trainer:
         for name, net in self.step.ema.items():
             checkpoint.load_into(net, nets.get(f"{name}_ema", {}), str(found[-1] / f"{name}_ema.safetensors"))
         self.step.load_state({k: v for k, v in state.items() if not k.startswith("random.")})
-        torch.set_rng_state(state["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in state:
-            torch.cuda.set_rng_state(state["random.cuda"], self.device)
         self.done = header["step"]
+        earlier = header.get("processes", 1)
+        if earlier == self.size:
+            own = f".{self.rank}" if self.rank else ""
+            torch.set_rng_state(state[f"random.cpu{own}"])
+            if self.device.type == "cuda" and f"random.cuda{own}" in state:
+                torch.cuda.set_rng_state(state[f"random.cuda{own}"], self.device)
+        else:
+            torch.manual_seed(self.config.seed + self.rank + self.size * self.done)
+            self.notes.append(
+                f"{earlier} processes came to step {self.done}, {self.size} go on: "
+                "other images and draws than with the same number"
+            )
 
-    def save(self) -> Path:
-        """Write a checkpoint of the finished steps."""
+    def _random(self) -> dict[str, Tensor]:
+        """States of the random generators, those of rank r > 0 with an .r behind their names."""
+        mine = {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            mine["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        each = self.ranks.collect(mine) if self.ranks else [mine]
+        return {f"{k}.{rank}" if rank else k: v for rank, state in enumerate(each) for k, v in state.items()}
+
+    def save(self, random: dict[str, Tensor]) -> Path:
+        """Write a checkpoint of the finished steps, with the states of the random generators."""
         nets = {name: net.state_dict() for name, net in self.step.nets.items()}
         nets |= {f"{name}_ema": net.state_dict() for name, net in self.step.ema.items()}
-        state = self.step.state() | {"random.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        header = {"step": self.done, **self._about()}
+        state = self.step.state() | random
+        header = {"step": self.done, "processes": self.size, **self._about()}
         return checkpoint.save(
             self.run / "checkpoints", self.done, nets, state, header, keep=self.config.keep
         )
@@ -194,17 +285,40 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         c = self.config
+        monitor: Monitor | None = None
+        with together(self.ranks):
+            if self.rank == 0:
+                monitor = self._monitor()
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        with together(self.ranks):
+            feed = open_feed(
+                self.data, c.batch_size, seed=c.seed, device=self.device, output_range=c.output,
+                start=self.done * self.batches, rank=self.rank, ranks=self.size, where=c.data_on,
+            )  # fmt: skip
+        if isinstance(feed, Resident):
+            self.step.expand = feed.batch
+        try:
+            self._loop(monitor, feed)
+        finally:
+            feed.close()
+            if monitor:
+                monitor.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _monitor(self) -> Monitor:
+        c = self.config
         balance = expected_balance(c.gan_mode, c.real_label, c.d_real_weight, c.d_fake_weight)
         try:
             monitor = Monitor(
-                self.run, total_steps=self.total, start_step=self.done, batch_size=c.batch_size * c.n_critic,
+                self.run, total_steps=self.total, start_step=self.done, batch_size=self.images,
                 every=c.log_every, tensorboard=c.tensorboard,
                 balance={} if balance is None else dict.fromkeys(self.recipe.discriminators, balance),
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(f"--tensorboard: {error}") from error
         write_text(self.run / "config.json", json.dumps(self._about(), indent=1))
-        for text in self.data.notes:
+        for text in self.notes:
             monitor.note(text)
         if c.gan_mode == "wgan-gp" and c.norm == "batch":
             monitor.note(
@@ -212,67 +326,77 @@ class Trainer:
             )
         if self.done:
             monitor.note(f"resuming {self.run} at step {self.done} of {self.total}")
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        loader = Loader(
-            self.data.train, c.batch_size, seed=c.seed, device=self.device, output_range=c.output,
-            start=self.done * c.n_critic,
-        )  # fmt: skip
-        try:
-            self._loop(monitor, loader)
-        finally:
-            loader.close()
-            monitor.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        return monitor
 
-    def _loop(self, monitor: Monitor, loader: Loader) -> None:
-        c, batches = self.config, iter(loader)
+    def _loop(self, monitor: Monitor | None, feed: Resident | Loader) -> None:
+        c, told = self.config, ""
+        take: Callable[[], Source] = feed.take if isinstance(feed, Resident) else feed.__next__
         shown = time.monotonic()
-        if self.done == 0:
-            self.sample()
-            self.page("running")
+        with together(self.ranks):
+            if monitor and self.done == 0:
+                self.sample()
+                self.page("running")
         while self.done < self.total:
             asked = time.perf_counter()
-            several = [next(batches) for _ in range(c.n_critic)]
+            several = [take() for _ in range(self.batches)]
             waited = time.perf_counter() - asked
             epoch, last = self._epoch(self.done), self.done + 1 == self.total
             log = (self.done + 1) % c.log_every == 0 or last
             factor = lr_factor(c, epoch)
             terms = self.step(several, self.done, factor, watch=log)
             self.done += 1
-            stop = self.stopped_by is not None
-            save = self.done % c.save_every == 0 or last or stop
-            monitor.tick(self.done, wait=waited)
-            if log or save:
-                self._check_finite(terms)
-            if log:
-                values = {k: float(v) for k, v in terms.items()}
-                rates = {f"lr_{k}": v * factor for k, v in self.step.base_lr.items()}
-                monitor.report(self.done, epoch, values | rates)
-            if self.done % c.sample_every == 0 or last:
-                self.sample()
-            if save:
-                self.save()
-            old = log and time.monotonic() > shown + PAGE_SECONDS
-            if self.done % c.sample_every == 0 or last or stop or old:
-                self.page("finished" if last else "stopped" if stop else "running")
-                shown = time.monotonic()
-            if stop and not last:
-                monitor.note(
-                    f"stopped at step {self.done} of {self.total} and saved; the same command goes on"
-                )
-                raise Interrupted(128 + (self.stopped_by or 0))
+            if monitor:
+                monitor.tick(self.done, wait=waited)
+                if self.step.note != told:
+                    told = self.step.note
+                    monitor.note(told)
+            # a signal may reach one process alone: all stop at the step at which the first one heard of it
+            stop = self.ranks.highest(self.stopped_by) if self.ranks else self.stopped_by
+            save = self.done % c.save_every == 0 or last or bool(stop)
+            show = self.done % c.sample_every == 0 or last
+            if not (log or save or show):
+                continue
+            values = self._read(terms) if log or save else {}
+            random = self._random() if save else {}
+            with together(self.ranks):
+                self._check_finite(values)
+                if monitor and log:
+                    values = {k: v for k, v in values.items() if k in terms}
+                    rates = {f"lr_{k}": v * factor for k, v in self.step.base_lr.items()}
+                    monitor.report(self.done, epoch, values | rates)
+                if monitor and show:
+                    self.sample()
+                if monitor and save:
+                    self.save(random)
+                old = log and time.monotonic() > shown + PAGE_SECONDS
+                if monitor and (show or stop or old):
+                    self.page("finished" if last else "stopped" if stop else "running")
+                    shown = time.monotonic()
+                if stop and not last:
+                    if monitor:
+                        monitor.note(
+                            f"stopped at step {self.done} of {self.total} and saved; the same command goes on"
+                        )
+                    raise Interrupted(128 + stop)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped_by is not None:
+        if self.stopped_by:
             raise KeyboardInterrupt  # the second one does not wait for the step
         self.stopped_by = number
 
-    def _check_finite(self, terms: dict[str, Tensor]) -> None:
-        bad = nonfinite({k: float(v) for k, v in terms.items()})
+    def _read(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Terms, their mean over the ranks, and the sizes of all networks' weights, in one transfer."""
+        found = dict(terms)
         for name, net in self.step.nets.items():
-            norms = torch.stack(torch._foreach_norm([p.detach() for p in net.parameters()]))
-            bad += [] if norms.isfinite().all() else [f"weights of {name}"]
+            norms = torch._foreach_norm([p.detach() for p in net.parameters()])
+            found[f"weights of {name}"] = torch.stack(norms).norm()
+        row = torch.stack([value.to(self.device, torch.float32) for value in found.values()])
+        if self.ranks:
+            self.ranks.average([row])
+        return dict(zip(found, row.tolist()))
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        bad = nonfinite(values)
         if bad:
             found = checkpoint.checkpoints(self.run / "checkpoints")
             good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"

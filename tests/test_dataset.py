@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from fastgan.data.augment import from_tensor
-from fastgan.data.dataset import Data, Loader, open_data
+from fastgan.data.dataset import Data, open_data
 from fastgan.data.digits import make_digits
+from fastgan.data.feed import Loader
 from fastgan.data.images import DataError, write_image
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch

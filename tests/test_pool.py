@@ -49,8 +49,9 @@ def test_statistics_of_age_and_place() -> None:
     assert abs(np.mean(ages) - 20) < 2.2
 
 
-def test_images_of_a_batch_are_handled_one_by_one() -> None:
-    batched, single = ImagePool(4), ImagePool(4)
+@pytest.mark.parametrize("fixed", [True, False])
+def test_images_of_a_batch_are_handled_one_by_one(fixed: bool) -> None:
+    batched, single = ImagePool(4, fixed_size=fixed), ImagePool(4)
     rng_a, rng_b = np.random.default_rng(7), np.random.default_rng(7)
     for k in range(0, 60, 6):
         together = batched.query(_numbered(k, 6), rng_a)
@@ -68,10 +69,11 @@ def test_size_zero_passes_through_and_draws_nothing() -> None:
     assert pool.state() == {}
 
 
+@pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("size", [0, 1, 50])
-def test_nothing_is_shared(size: int) -> None:
+def test_nothing_is_shared(size: int, fixed: bool) -> None:
     """Overwriting input, output and state must not reach the pool, nor the input the output."""
-    pool, rng = ImagePool(size), np.random.default_rng(2)
+    pool, rng = ImagePool(size, fixed_size=fixed), np.random.default_rng(2)
     buffer = _numbered(0, 2)
     for k in range(40):
         buffer.copy_(_numbered(10 * k, 2))
@@ -96,12 +98,14 @@ def test_layout_dtype_and_gradient() -> None:
     assert pool.query(images[:0], rng).shape == (0, 3, 8, 6)
 
 
-def test_resume_is_exact() -> None:
+@pytest.mark.parametrize("fixed", [True, False])
+def test_resume_is_exact(fixed: bool) -> None:
     rng = np.random.default_rng(5)
-    pool = ImagePool(6)
+    pool = ImagePool(6, fixed_size=fixed)
     for k in range(30):
         pool.query(_numbered(k), rng)
-    twin, twin_rng = ImagePool(6), np.random.default_rng()
+    # the state does not tell which of the two forms wrote it
+    twin, twin_rng = ImagePool(6, fixed_size=not fixed), np.random.default_rng()
     twin.load(pool.state())
     twin_rng.bit_generator.state = rng.bit_generator.state
     for k in range(30, 90):
@@ -113,12 +117,26 @@ def test_resume_is_exact() -> None:
 
 
 def test_images_of_changing_size() -> None:
-    pool, rng = ImagePool(2), np.random.default_rng(0)
+    pool, rng = ImagePool(2, fixed_size=False), np.random.default_rng(0)
     sizes = {pool.query(_numbered(k, size=4 + k % 3), rng).shape[-1] for k in range(60)}
     assert sizes == {4, 5, 6}
     with pytest.raises(ValueError, match="use batch size 1"):
         for k in range(60):
             pool.query(_numbered(k, 2, size=4 + k % 3), rng)
+
+
+def test_a_plan_writes_every_place_once_and_stays_in_its_memory() -> None:
+    """What a CUDA graph needs: the images move by the plan alone, at the same addresses."""
+    pool, rng = ImagePool(3), np.random.default_rng(1)
+    pool.query(_numbered(0, 5), rng)
+    store = pool._store
+    for k in range(20):
+        plan = pool.plan(5, rng)
+        assert len(set(plan[1])) == 5 and plan.min() >= 0 and plan.max() < 8
+        pool.exchange(_numbered(5 * k, 5), torch.from_numpy(plan))
+    assert pool._store is store
+    with pytest.raises(ValueError, match="of the stored ones"):
+        pool.query(_numbered(0, 2, size=6), rng)
 
 
 def test_bad_input() -> None:

@@ -16,13 +16,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch.testing import assert_close
 
+from fastgan import stack
 from fastgan.recipes.cyclegan import CycleGANConfig
-from fastgan.recipes.pix2pix import Pix2PixConfig
+from fastgan.recipes.pix2pix import Pix2Pix, Pix2PixConfig
 from tests.system_cases import (
+    CLOSE,
     CYCLE,
     PIX,
     assert_five_steps,
+    double,
+    make_batches,
 )
 
 CYCLEGAN_CASES: dict[str, dict[str, Any]] = {
@@ -58,6 +64,42 @@ CYCLEGAN_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CYCLEGAN_CASES)
 def test_cyclegan_is_the_reference(case):
     assert_five_steps(CycleGANConfig(**{**CYCLE, **CYCLEGAN_CASES[case]}))
+
+
+STACKED = (
+    "plain",
+    "identity",
+    "pixel",
+    "wgan-gp",
+    "n_critic",
+    "batch-norm",
+    "no-norm",
+    "unet",
+    "pool-not-full",
+)
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_two_networks_in_one_pass_are_the_reference(case, monkeypatch):
+    """What a GPU runs: both generators, and both discriminators, as two weight sets of one network; real and
+    identity images of both domains in one pass. Where batch norm mixes a batch, it may not be."""
+    monkeypatch.setattr(stack, "runs_fused", lambda x: True)
+    passes: list[tuple[int, int]] = []
+    run = stack.run_layers
+
+    def counted(lines, x, memory):
+        if hasattr(lines[0][0], "line"):  # networks, not their inside
+            passes.append((len(lines), len(x)))
+        return run(lines, x, memory)
+
+    monkeypatch.setattr(stack, "run_layers", counted)
+    config = CycleGANConfig(**{**CYCLE, **CYCLEGAN_CASES[case]})
+    assert_five_steps(config)
+    if case == "identity":
+        # batch 2: level one, D in the generators' step, level two, D
+        assert passes == [(2, 8), (2, 4), (2, 4), (2, 8)] * 5
+    if case == "batch-norm":
+        assert not passes
 
 
 def test_cyclegan_batch_of_one():
@@ -106,3 +148,24 @@ def test_pix2pix_unequal_channels():
 
 def test_pix2pix_batch_of_one():
     assert_five_steps(Pix2PixConfig(**PIX), n=1, size=32)
+
+
+@pytest.mark.parametrize("patch", [1, 16])
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+def test_pairs_that_share_a_condition_are_judged_like_any_pair(norm, patch):
+    torch.manual_seed(0)
+    nets = double(Pix2Pix(Pix2PixConfig(**{**PIX, "norm": norm, "patch": patch})).networks(3, 3))
+    batch = make_batches(1)[0][0]
+    images = [batch["B"], batch["B"].flip(0), batch["B"] * 0.5]
+    found = nets["D"].compare(batch["A"], images)
+    for verdict, image in zip(found, images, strict=True):
+        assert_close(verdict, nets["D"](torch.cat([batch["A"], image], 1)), **CLOSE)
+    pairs = [nets["D"](torch.cat([batch["A"], image], 1)) for image in images]
+    parameters = list(nets["D"].parameters())
+    grads = [
+        # the bias in front of an instance norm has no gradient
+        torch.autograd.grad(sum((v * v).sum() for v in verdicts), parameters, allow_unused=True)
+        for verdicts in (found, pairs)
+    ]
+    for ours, expected in zip(*grads):
+        assert_close(ours, expected, **CLOSE)

@@ -145,27 +145,44 @@ def to_tensor(
     value_range lands on [-1, 1] ("tanh") or [0, 1] ("sigmoid"). flips: which images to mirror left-right,
     empty for none. clamp: cut off what lies outside of the range.
     """
-    device = torch.device(device)
-    # torch has next to no operations on uint16
-    wide = images.dtype == np.uint16
+    x = to_device(images, torch.device(device))
+    return map_values(x, value_range, output_range=output_range, flips=flips, clamp=clamp)
+
+
+def to_device(images: np.ndarray, device: torch.device) -> Tensor:
+    """Bring uint8, uint16 or float32 to a device as uint8, int16 with the bits of uint16, or float32."""
     if not images.flags.writeable:
         images = images.copy()
-    host = torch.from_numpy(images.view(np.int16) if wide else images)
+    # torch has next to no operations on uint16
+    host = torch.from_numpy(images.view(np.int16) if images.dtype == np.uint16 else images)
     if device.type == "cuda":
         # from pageable memory the copy would wait for everything queued on the device
         host = host.pin_memory()
-    x = host.to(device, non_blocking=device.type == "cuda")
+    return host.to(device, non_blocking=device.type == "cuda")
+
+
+def map_values(
+    x: Tensor,
+    value_range: tuple[float, float],
+    *,
+    output_range: OutputRange = "tanh",
+    flips: Sequence[bool] = (),
+    clamp: bool = False,
+) -> Tensor:
+    """The half of `to_tensor` on the device, of (N, H, W, C) from `to_device`; a fresh tensor."""
     if any(flips):
         mirrored = x.flip(2)
         if all(flips):
             x = mirrored
         else:
             x = torch.stack([(mirrored if flip else x)[i] for i, flip in enumerate(flips)])
-    x = x.to(torch.int32).bitwise_and_(0xFFFF).to(torch.float32) if wide else x.to(torch.float32)
+    integer = x.dtype != torch.float32
+    x = x.to(torch.int32).bitwise_and_(0xFFFF).to(torch.float32) if x.dtype == torch.int16 else x.float()
     low, high = value_range
     # a float32 tensor may still be the caller's memory, so this must copy; integers have been copied above
-    x = x - low if images.dtype == np.float32 else x.sub_(low) if low else x
-    x = x.div_(high - low)
+    x = (x.sub_(low) if low else x) if integer else x - low
+    # by a tensor: a GPU would multiply with the reciprocal of a number, and round otherwise than a CPU
+    x = x.div_(x.new_full((), high - low))
     if clamp:
         x = x.clamp_(0, 1)
     if output_range == "tanh":

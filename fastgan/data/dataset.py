@@ -8,10 +8,7 @@ PCG64 numbers, whose stream numpy guarantees.
 """
 
 import math
-import queue
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +23,9 @@ from fastgan.data.augment import (
     OutputRange,
     Preprocess,
     centre_crop,
+    map_values,
     match_channels,
+    to_device,
     to_tensor,
 )
 from fastgan.data.digits import make_digits
@@ -39,14 +38,18 @@ Range = tuple[float, float]
 
 
 class HostImages(NamedTuple):
-    """Images of one domain (N, H, W, C) as stored, and which of them are to be mirrored."""
+    """Images of one domain (N, H, W, C) as stored, on the host or already on the device, and which of them
+    are to be mirrored."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | Tensor
     flips: list[bool]
 
 
 class Split:
-    """The images of both domains for training or testing."""
+    """The images of both domains for training or testing.
+
+    stores, ranges: of A and B. crop: side of the square cut out for training, None for whole images.
+    """
 
     def __init__(
         self,
@@ -58,28 +61,28 @@ class Split:
         paired: bool,
         serial: bool,
     ) -> None:
-        self._stores, self._ranges = stores, ranges
-        self._crop, self._flip, self._paired, self._serial = crop, flip, paired, serial
+        self.stores, self.ranges = stores, ranges
+        self.crop, self._flip, self._paired, self._serial = crop, flip, paired, serial
 
     @property
     def len_A(self) -> int:  # noqa: N802
         """Number of images of domain A."""
-        return len(self._stores[0])
+        return len(self.stores[0])
 
     @property
     def len_B(self) -> int:  # noqa: N802
         """Number of images of domain B."""
-        return len(self._stores[1])
+        return len(self.stores[1])
 
     @property
     def names_A(self) -> list[str]:  # noqa: N802
         """Names of the images of A: path below its folder, no suffix, `_<page>` where there are several."""
-        return self._stores[0].names
+        return self.stores[0].names
 
     @property
     def names_B(self) -> list[str]:  # noqa: N802
         """Names of the images of B, in the same form."""
-        return self._stores[1].names
+        return self.stores[1].names
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return how many batches hold as many images as the larger domain, rounded up."""
@@ -89,10 +92,15 @@ class Split:
         """Return name, height and width of every image as a training batch holds it (names are those of A and
         B)."""
         found = []
-        for store in self._stores:
+        for store in self.stores:
             for name, (_, height, width) in zip(store.names, store.index.tolist()):
-                found.append((name, self._crop or height, self._crop or width))
+                found.append((name, self.crop or height, self.crop or width))
         return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images of both domains, as stored."""
+        return sum(_values(store) * store.dtype.itemsize for store in self.stores)
 
     def batch(
         self,
@@ -102,24 +110,62 @@ class Split:
         seed: int,
         device: torch.device | str = "cpu",
         output_range: OutputRange = "tanh",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> dict[str, Tensor]:
         """Return training batch k, counted from 0 over all epochs, as {"A": tensor, "B": tensor}.
 
         Tensors: (batch_size, C, H, W) float32, channels last, on the device, in [-1, 1] ("tanh") or [0, 1]
-        ("sigmoid"). Raises DataError where whole images of unequal size do not make a batch.
+        ("sigmoid"). With several ranks, batch k of rank r is part r of what a single one would see as batch k
+        with a batch size of ranks * batch_size. Raises DataError where whole images of unequal size do not
+        make a batch.
         """
-        return self.finish(
-            self.host_batch(k, batch_size, seed=seed), device=device, output_range=output_range
-        )
+        host = self.host_batch(k, batch_size, seed=seed, rank=rank, ranks=ranks)
+        return self.finish(host, device=device, output_range=output_range)
 
-    def host_batch(self, k: int, batch_size: int, *, seed: int) -> tuple[HostImages, HostImages]:
-        """Return batch k as it is stored, cropped; the half of `batch` that may run in another thread."""
-        # per domain and image: left, top, flip
-        draws = _raw(6 * batch_size, seed, 2, k).reshape(2, batch_size, 3)
-        if self._paired:
-            draws[1] = draws[0]
-        first = k * batch_size
-        return self._cropped(0, first, draws[0], seed), self._cropped(1, first, draws[1], seed)
+    def choose(self, k: int, batch_size: int, *, seed: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
+        """Return what batch k consists of, (2 domains, batch_size, 4) int64: number of the image, top and
+        left of the crop, and 1 to mirror it or 0."""
+        whole = batch_size * ranks
+        first = rank * batch_size
+        # per domain and image of all ranks: left, top, flip
+        draws = _raw(6 * whole, seed, 2, k).reshape(2, whole, 3)[:, first : first + batch_size]
+        chosen = np.zeros((2, batch_size, 4), np.int64)
+        for domain, store in enumerate(self.stores):
+            for i, (left, top, flip) in enumerate(draws[0 if self._paired else domain].tolist()):
+                number = self._number(domain, k * whole + first + i, seed)
+                _, height, width = store.index[number].tolist()
+                if self.crop is None:
+                    top = left = 0
+                else:
+                    top, left = top % (height - self.crop + 1), left % (width - self.crop + 1)
+                chosen[domain, i] = number, top, left, flip >> 63 if self._flip else 0
+        return chosen
+
+    def host_batch(
+        self,
+        k: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        out: Sequence[np.ndarray] | None = None,
+    ) -> tuple[HostImages, HostImages]:
+        """Return batch k as it is stored, cropped; the half of `batch` that may run in another thread.
+
+        out: memory for the pixels of A and of B, uint8, of at least batch_size * `largest` bytes.
+        """
+        chosen = self.choose(k, batch_size, seed=seed, rank=rank, ranks=ranks)
+        return self._cropped(0, chosen[0], out), self._cropped(1, chosen[1], out)
+
+    def largest(self, domain: int) -> int:
+        """Return the bytes of the largest image of domain 0 or 1 as a training batch holds it."""
+        store = self.stores[domain]
+        if self.crop is not None:
+            return self.crop**2 * store.channels * store.dtype.itemsize
+        pixels = (store.index[:, 1] * store.index[:, 2]).max(initial=0)
+        return int(pixels) * store.channels * store.dtype.itemsize
 
     def finish(
         self,
@@ -129,17 +175,12 @@ class Split:
         output_range: OutputRange = "tanh",
     ) -> dict[str, Tensor]:
         """Bring a host batch to the device, mirror it and map its values; no waiting for the device."""
-        return {
-            name: to_tensor(
-                images.pixels,
-                self._ranges[domain],
-                device=device,
-                output_range=output_range,
-                flips=images.flips,
-                clamp=self._clamps(domain),
-            )
-            for domain, (name, images) in enumerate(zip("AB", host))
-        }
+        found = {}
+        for domain, (name, (pixels, flips)) in enumerate(zip("AB", host)):
+            x = pixels if isinstance(pixels, Tensor) else to_device(pixels, torch.device(device))
+            low_high, clamp = self.ranges[domain], self.clamps(domain)
+            found[name] = map_values(x, low_high, output_range=output_range, flips=flips, clamp=clamp)
+        return found
 
     def images(
         self,
@@ -152,11 +193,11 @@ class Split:
     ) -> Tensor:
         """Return images i0 <= i < i1 of one domain in order, cropped in the centre, not mirrored."""
         number = "AB".index(domain)
-        store = self._stores[number]
+        store = self.stores[number]
         numbers = range(len(store))[i0:i1]
-        pixels = self._stacked([centre_crop(store[i], self._crop) for i in numbers], number)
-        clamp = self._clamps(number)
-        return to_tensor(pixels, self._ranges[number], device=device, output_range=output_range, clamp=clamp)
+        pixels = self._stacked([centre_crop(store[i], self.crop) for i in numbers], number)
+        clamp = self.clamps(number)
+        return to_tensor(pixels, self.ranges[number], device=device, output_range=output_range, clamp=clamp)
 
     def test_batch(
         self, i0: int, i1: int, *, device: torch.device | str = "cpu", output_range: OutputRange = "tanh"
@@ -167,33 +208,31 @@ class Split:
             "B": self.images("B", i0, i1, device=device, output_range=output_range),
         }
 
-    def _clamps(self, domain: int) -> bool:
-        store, (low, high) = self._stores[domain], self._ranges[domain]
+    def clamps(self, domain: int) -> bool:
+        """Whether images of domain 0 or 1 have values outside of the domain's range."""
+        store, (low, high) = self.stores[domain], self.ranges[domain]
         return store.low < low or store.high > high
 
     def _number(self, domain: int, position: int, seed: int) -> int:
         """Return which image stands at a position of the domain's endless stream."""
-        count = len(self._stores[domain])
+        count = len(self.stores[domain])
         if self._serial:
             return position % max(self.len_A, self.len_B) % count
         number, place = divmod(position, count)
         return int(_order(count, seed, 0 if self._paired else domain, number)[place])
 
-    def _cropped(self, domain: int, first: int, draws: np.ndarray, seed: int) -> HostImages:
-        store, side = self._stores[domain], self._crop
-        parts = []
-        for i, (left, top, _) in enumerate(draws.tolist()):
-            image = store[self._number(domain, first + i, seed)]
-            if side is not None:
-                top, left = top % (image.shape[0] - side + 1), left % (image.shape[1] - side + 1)
-                image = image[top : top + side, left : left + side]
-            parts.append(image)
-        flips = [bool(draw >> 63) for draw in draws[:, 2].tolist()] if self._flip else []
-        return HostImages(self._stacked(parts, domain), flips)
+    def _cropped(self, domain: int, chosen: np.ndarray, out: Sequence[np.ndarray] | None) -> HostImages:
+        store, side, parts = self.stores[domain], self.crop, []
+        for number, top, left, _ in chosen.tolist():
+            image = store[number]
+            parts.append(image if side is None else image[top : top + side, left : left + side])
+        flips = [bool(flip) for flip in chosen[:, 3]] if self._flip else []
+        return HostImages(self._stacked(parts, domain, None if out is None else out[domain]), flips)
 
-    def _stacked(self, parts: list[np.ndarray], domain: int) -> np.ndarray:
+    def _stacked(self, parts: list[np.ndarray], domain: int, out: np.ndarray | None = None) -> np.ndarray:
+        store = self.stores[domain]
         if not parts:
-            store, side = self._stores[domain], self._crop or 0
+            side = self.crop or 0
             return np.zeros((0, side, side, store.channels), store.dtype)
         for part in parts:
             if part.shape != parts[0].shape:
@@ -202,7 +241,12 @@ class Split:
                     f"domain {'AB'[domain]}: images of {w}x{h} and {w2}x{h2} pixels make no batch; use "
                     "--batch-size 1 or a --preprocess that crops"
                 )
-        return np.stack(parts)
+        if out is None:
+            return np.stack(parts)
+        shape = (len(parts), *parts[0].shape)
+        return np.stack(
+            parts, out=out[: math.prod(shape) * store.dtype.itemsize].view(store.dtype).reshape(shape)
+        )
 
 
 @dataclass
@@ -302,77 +346,9 @@ def open_data(
     )
 
 
-class Loader:
-    """Iterate over training batches k = start, start + 1, ... without end, prepared ahead in a thread.
-
-    The thread reads, crops and stacks on the host; transfer, flip and mapping are queued by the consumer, so
-    that all work on the device comes from one thread (a second one would disturb the capture of a CUDA
-    graph). `wait` counts the seconds the consumer has waited. Use as a context manager, or call `close`.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        seed: int,
-        device: torch.device | str = "cpu",
-        output_range: OutputRange = "tanh",
-        start: int = 0,
-        depth: int = 2,
-    ) -> None:
-        self.wait = 0.0
-        self._split, self._batch_size, self._seed = split, batch_size, seed
-        self._device, self._output_range = device, output_range
-        self._ready: queue.Queue[tuple[HostImages, HostImages] | BaseException] = queue.Queue(max(1, depth))
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(start,), name="loader", daemon=True)
-        self._thread.start()
-
-    def _run(self, k: int) -> None:
-        while not self._stop.is_set():
-            item: tuple[HostImages, HostImages] | BaseException
-            try:
-                item = self._split.host_batch(k, self._batch_size, seed=self._seed)
-            except BaseException as error:  # the consumer raises it
-                item = error
-            self._ready.put(item)
-            if isinstance(item, BaseException):
-                return
-            k += 1
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        if self._stop.is_set():
-            raise StopIteration
-        if self._failure is not None:
-            raise self._failure
-        began = time.perf_counter()
-        item = self._ready.get()
-        self.wait += time.perf_counter() - began
-        if isinstance(item, BaseException):
-            self._failure = item
-            raise item
-        return self._split.finish(item, device=self._device, output_range=self._output_range)
-
-    def close(self) -> None:
-        """Stop the thread; afterwards the iterator is at its end."""
-        self._stop.set()
-        while self._thread.is_alive():
-            # the thread may be waiting for room
-            try:
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
-
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def _values(store: Images) -> int:
+    """Values of all images of a domain."""
+    return int((store.index[:, 1] * store.index[:, 2]).sum()) * store.channels
 
 
 def _raw(count: int, *key: int) -> np.ndarray:

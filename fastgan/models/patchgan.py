@@ -7,10 +7,16 @@ PixelGAN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from fastgan_kernels import conv_norm_act
 from torch import Tensor, nn
 
 from fastgan.layers import Conv2d, norm_act, skip_idle_biases
-from fastgan.stack import run_line
+from fastgan.stack import run_layers, run_line, run_plain, runs_fused
 
 # receptive field in pixels -> number of convolutions with stride 2
 LAYERS = {16: 1, 34: 2, 70: 3, 142: 4, 286: 5}
@@ -72,3 +78,25 @@ class PatchDiscriminator(nn.Module):
         """Logits of x; the smallest side that gives at least one logit is about a third of the receptive
         field."""
         return run_line(self, x)
+
+    def compare(self, condition: Tensor, images: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of the pairs (condition, image) for several images (N, C, H, W) of one condition.
+
+        The first convolution is a sum over channels: the condition's part is computed once. With batch norm
+        every image keeps statistics of its own.
+        """
+        first, after, *rest = self.line
+        assert isinstance(first, Conv2d) and isinstance(after, nn.LeakyReLU)
+        known = condition.shape[1]
+        form: dict[str, Any] = {"stride": first.stride[0], "padding": int(first.padding[0])}
+        shared = conv_norm_act(condition, first.weight[:, :known], first.bias, **form)
+        form |= {"act": "leaky_relu", "slope": after.negative_slope}
+        weight = first.weight[:, known:]
+        if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in rest):
+            heads = [conv_norm_act(image, weight, residual=shared, **form) for image in images]
+        else:
+            repeated = shared.repeat(len(images), 1, 1, 1)
+            heads = [conv_norm_act(torch.cat(list(images)), weight, residual=repeated, **form)]
+        run = partial(run_layers, [rest]) if runs_fused(condition) else partial(run_plain, rest)
+        logits = [run(head, self.memory) for head in heads]
+        return logits if len(logits) == len(images) else list(logits[0].chunk(len(images)))

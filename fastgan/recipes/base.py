@@ -7,14 +7,15 @@ history pool and logging stay outside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from fastgan import losses
 from fastgan.config import Config
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator, init_weights
+from fastgan.stack import run_together
 
 Nets = dict[str, nn.Module]
 Batch = dict[str, Tensor]
@@ -57,7 +58,8 @@ class Recipe(Protocol):
         ...
 
     def translate(self, nets: Nets, batch: Batch) -> Batch:
-        """Generated images by the domain they imitate."""
+        """Generated images by the domain they imitate; where gradients are recorded, also what else
+        `generator_loss` needs of the same passes, under other names."""
         ...
 
     def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
@@ -93,22 +95,40 @@ def make_discriminator(config: Config, cin: int) -> nn.Module:
     return net
 
 
-def judge(config: Config, critic: nn.Module, real: Tensor, fake: Tensor, name: str) -> tuple[Tensor, Terms]:
-    """D's loss on real and on detached fakes: in one batch, except where batch norm would mix the two."""
-    fake = fake.detach()
-    if config.norm == "batch" or real.shape != fake.shape:
-        logits_real, logits_fake = critic(real), critic(fake)
-    else:
-        logits_real, logits_fake = critic(torch.cat([real, fake.to(real.dtype)])).split(len(real))
-    loss = losses.discriminator_gan(
-        logits_real, logits_fake, config.gan_mode, real_label=config.real_label,
-        real_weight=config.d_real_weight, fake_weight=config.d_fake_weight,
-    )  # fmt: skip
-    if config.gan_mode == "wgan-gp":
-        loss = loss + config.lambda_gp * losses.gradient_penalty(critic, real, fake)
-    terms = {
-        name: loss.detach(),
-        f"{name}_real": losses.mean(logits_real),
-        f"{name}_fake": losses.mean(logits_fake),
-    }
-    return loss, terms
+class Trial(NamedTuple):
+    """What one discriminator is shown: real images and fakes (N, C, H, W), and its name in the log."""
+
+    critic: nn.Module
+    real: Tensor
+    fake: Tensor
+    name: str
+
+
+def judge(config: Config, trials: Sequence[Trial]) -> tuple[Tensor, Terms]:
+    """The discriminators' losses added up: each on real images and on detached fakes, in as few passes as
+    compute the same; batch norm never sees both in one."""
+    trials = [trial._replace(fake=trial.fake.detach().to(trial.real.dtype)) for trial in trials]
+    verdicts = run_together([(trial.critic, [trial.real, trial.fake]) for trial in trials])
+    return score(config, trials, verdicts)
+
+
+def score(
+    config: Config, trials: Sequence[Trial], verdicts: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Terms]:
+    """The losses of discriminators from their logits of real images and of fakes, one pair a trial."""
+    found: list[Tensor] = []
+    terms: Terms = {}
+    for trial, (real, fake) in zip(trials, verdicts):
+        loss = losses.discriminator_gan(
+            real, fake, config.gan_mode, real_label=config.real_label,
+            real_weight=config.d_real_weight, fake_weight=config.d_fake_weight,
+        )  # fmt: skip
+        if config.gan_mode == "wgan-gp":
+            loss = loss + config.lambda_gp * losses.gradient_penalty(trial.critic, trial.real, trial.fake)
+        found.append(loss)
+        terms |= {
+            trial.name: loss.detach(),
+            f"{trial.name}_real": losses.mean(real),
+            f"{trial.name}_fake": losses.mean(fake),
+        }
+    return sum(found[1:], start=found[0]), terms

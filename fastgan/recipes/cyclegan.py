@@ -10,11 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fastgan import config as settings
 from fastgan import losses
-from fastgan.recipes.base import Batch, Direction, Nets, Terms, judge, make_discriminator, make_generator
+from fastgan.recipes.base import (
+    Batch,
+    Direction,
+    Nets,
+    Terms,
+    Trial,
+    judge,
+    make_discriminator,
+    make_generator,
+)
+from fastgan.stack import run_together
 
 
 @dataclass(frozen=True)
@@ -66,26 +77,36 @@ class CycleGAN:
         }
 
     def translate(self, nets: Nets, batch: Batch) -> Batch:
-        """{"B": G_A(A), "A": G_B(B)}."""
-        return {"B": nets["G_A"](batch["A"]), "A": nets["G_B"](batch["B"])}
+        """{"B": G_A(A), "A": G_B(B)}; with gradients also the identity images "idt_A": G_A(B), "idt_B"."""
+        a, b = batch["A"], batch["B"]
+        if not (torch.is_grad_enabled() and self.config.lambda_identity > 0):
+            ((fake_b,), (fake_a,)) = run_together([(nets["G_A"], [a]), (nets["G_B"], [b])])
+            return {"B": fake_b, "A": fake_a}
+        # G_A on B should change nothing: it needs as many channels in as out
+        calls = [(nets["G_A"], [a, b]), (nets["G_B"], [b, a])]
+        (fake_b, idt_a), (fake_a, idt_b) = run_together(calls)
+        return {"B": fake_b, "A": fake_a, "idt_A": idt_a, "idt_B": idt_b}
 
     def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """Adversarial, cycle and identity losses of both generators (equations 1 to 3 and section 5.2)."""
-        c, real_a, real_b = self.config, batch["A"], batch["B"]
+        c, a, b = self.config, batch["A"], batch["B"]
+        verdicts = run_together([(nets["D_A"], [fakes["B"]]), (nets["D_B"], [fakes["A"]])])
+        again = run_together([(nets["G_B"], [fakes["B"]]), (nets["G_A"], [fakes["A"]])])
         terms = {
-            "G_A": losses.generator_gan(nets["D_A"](fakes["B"]), c.gan_mode),
-            "G_B": losses.generator_gan(nets["D_B"](fakes["A"]), c.gan_mode),
-            "cycle_A": c.lambda_A * losses.l1(nets["G_B"](fakes["B"]), real_a),
-            "cycle_B": c.lambda_B * losses.l1(nets["G_A"](fakes["A"]), real_b),
+            "G_A": losses.generator_gan(verdicts[0][0], c.gan_mode),
+            "G_B": losses.generator_gan(verdicts[1][0], c.gan_mode),
+            "cycle_A": c.lambda_A * losses.l1(again[0][0], a),
+            "cycle_B": c.lambda_B * losses.l1(again[1][0], b),
         }
         if c.lambda_identity > 0:
-            # G_A on B should change nothing: it needs as many channels in as out
-            terms["idt_A"] = c.lambda_identity * c.lambda_B * losses.l1(nets["G_A"](real_b), real_b)
-            terms["idt_B"] = c.lambda_identity * c.lambda_A * losses.l1(nets["G_B"](real_a), real_a)
-        return sum(terms.values(), start=real_a.new_zeros(())), {k: v.detach() for k, v in terms.items()}
+            terms["idt_A"] = c.lambda_identity * c.lambda_B * losses.l1(fakes["idt_A"], b)
+            terms["idt_B"] = c.lambda_identity * c.lambda_A * losses.l1(fakes["idt_B"], a)
+        return sum(terms.values(), start=a.new_zeros(())), {k: v.detach() for k, v in terms.items()}
 
     def discriminator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """Both discriminators; their parameters are disjoint, so the sum has the gradients of each alone."""
-        loss_a, terms_a = judge(self.config, nets["D_A"], batch["B"], fakes["B"], "D_A")
-        loss_b, terms_b = judge(self.config, nets["D_B"], batch["A"], fakes["A"], "D_B")
-        return loss_a + loss_b, terms_a | terms_b
+        trials = [
+            Trial(nets["D_A"], batch["B"], fakes["B"], "D_A"),
+            Trial(nets["D_B"], batch["A"], fakes["A"], "D_B"),
+        ]
+        return judge(self.config, trials)

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from fastgan import config as settings
 from fastgan import losses
-from fastgan.recipes.base import Batch, Direction, Nets, Terms, judge, make_discriminator, make_generator
+from fastgan.models import PatchDiscriminator
+from fastgan.recipes.base import (
+    Batch,
+    Direction,
+    Nets,
+    Terms,
+    Trial,
+    judge,
+    make_discriminator,
+    make_generator,
+    score,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,13 @@ class Pix2Pix:
     def discriminator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """D on the true pair and on the generated one. Fakes from a history pool bring their own A under
         "A"."""
-        a = batch["A"]
-        real = torch.cat([a, batch["B"]], 1)
-        fake = torch.cat([fakes.get("A", a), fakes["B"].detach().to(a.dtype)], 1)
-        return judge(self.config, nets["D"], real, fake, "D")
+        a, b, fake = batch["A"], batch["B"], fakes["B"].detach()
+        pairs = torch.cat([a, b], 1), torch.cat([fakes.get("A", a), fake.to(a.dtype)], 1)
+        trials = [Trial(nets["D"], *pairs, "D")]
+        critic = nets["D"]
+        watched = critic._forward_hooks or critic._forward_pre_hooks
+        if "A" in fakes or self.config.gan_mode == "wgan-gp" or watched:
+            return judge(self.config, trials)
+        if not isinstance(critic, PatchDiscriminator):
+            return judge(self.config, trials)
+        return score(self.config, trials, [critic.compare(a, [b, fake.to(b.dtype)])])

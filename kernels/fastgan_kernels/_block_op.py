@@ -323,6 +323,9 @@ def _reference_conv(x: Tensor, own: Parameters, layer: Layer) -> Tensor:
     kind = x.device.type
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == x.dtype
     weight = own.weights[0] if cast else own.weights[0].to(x.dtype)
+    if weight._base is not None:
+        # one of several sets: torch's float64 convolution takes a slice in no other layout
+        weight = weight.contiguous()
     # a norm takes a constant away again, except one with given statistics
     idle = not own.biases or layer.norm in ("instance", "batch")
     bias = None if idle else own.biases[0].to(weight.dtype)

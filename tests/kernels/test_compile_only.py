@@ -61,6 +61,32 @@ def test_reflect_pad2d(shape, pad, architecture, dtype, layout, recorded):
     check(launches, architecture, {"_reflect_pad2d_fwd_kernel", "_reflect_pad2d_bwd_kernel"})
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_adam_step(architecture, monkeypatch):
+    module = importlib.import_module("fastgan_kernels.adam_step")
+    monkeypatch.setattr(module, "runs_kernel", lambda x: True)
+    params, copies = [empty((512, 64), torch.float32)] * 5, [empty((512, 64), torch.bfloat16)] * 5
+    step = empty((), torch.float32)
+    with record(module) as launches:
+        module._forward._init_fn(params, copies, params, params, [step] * 5, copies, step, 0.5, 0.999, 1e-8)
+    check(launches, architecture, {"_adam_step_table_kernel", "_adam_step_update_kernel"})
+    if architecture == 90:
+        # writes p, m and v, each thread eight of their values, 16 bytes at a time
+        code = launches[-1].compile(architecture).code
+        assert sum(n for name, n in code.items() if name.startswith("STG.E.128")) >= 6
+
+
+@pytest.mark.parametrize("store", [torch.uint8, torch.int16, torch.float32])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_crop_images(architecture, store, monkeypatch):
+    module = importlib.import_module("fastgan_kernels.crop_images")
+    monkeypatch.setattr(module, "runs_kernel", lambda x: True)
+    options = (3, 256, 256, 0.0, 255.0, True, True, 3, torch.bfloat16)
+    with record(module) as launches:
+        module._forward._init_fn(empty((10**6,), store), empty((4, 6), torch.int64), *options)
+    check(launches, architecture, {"_crop_images_fwd_kernel"})
+
+
 WHOLE = {"_instance_norm_act_fwd_kernel", "_instance_norm_act_bwd_kernel"}
 MOMENTS = {"_norm_partial_kernel", "_norm_combine_kernel"}
 CHUNKED = WHOLE | MOMENTS | {"_instance_norm_act_bwd_partial_kernel"}
