@@ -247,7 +247,8 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         chosen(0.6)
     assert str(error.value) == (
         "--memory least needs about 0.04 GB, 0.02 GB are free: "
-        "use --batch-size 1 --accumulate 2 (about 0.02 GB) or --crop-size 50 (about 0.01 GB) or --ngf 1 (about 0.02 GB)"
+        "use --batch-size 1 --accumulate 2 (about 0.02 GB) "
+        "or --crop-size 50 (about 0.01 GB) or --ngf 1 (about 0.02 GB)"
     )
     with pytest.raises(
         UsageError, match="^--memory fast needs .* free: use --memory least .about 0.04 GB. or"
