@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgan.config import UsageError
 from fastgan.recipes.base import Nets, Recipe
-from fastgan.stack import MEMORY, set_memory
+from fastgan.stack import MEMORY
 from fastgan.step import Step
 
 GB = 1e9
@@ -79,12 +79,12 @@ def estimate(
         gpu: as on a GPU, with the fused kernels; False: as on a CPU.
     """
     config = recipe.config
-    count = config.n_critic * getattr(config, "accumulate", 1)
+    count = config.n_critic * config.accumulate
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     fake.runs_kernels = gpu  # type: ignore[attr-defined]
     with fake, _Live() as live:
-        step = Step(recipe, _networks(recipe, channels), device=torch.device("cpu"), autocast=autocast)
-        set_memory(step.nets.values(), memory)
+        nets = _networks(recipe, channels)
+        step = Step(recipe, nets, device=torch.device("cpu"), autocast=autocast, memory=memory)
         shapes = {k: (config.batch_size, c, *size) for k, c in zip("AB", channels)}
         batches = [{k: torch.empty(shape) for k, shape in shapes.items()} for _ in range(count)]
         # the optimiser has its state from the first step on
@@ -92,17 +92,15 @@ def estimate(
         live.peak = live.now
         step(batches, 1)
         peak, held = live.peak, live.now
-        stored = [v for k, v in step.state().items() if k.startswith("pool.") and v.dim() >= 3]
+        stored = [v.element_size() for k, v in step.state().items() if k.startswith("pool.")]
     data = sum(x.nbytes for batch in batches for x in batch.values())
-    found = sum(x.nbytes for x in stored)
-    # both domains have a pool of their own, or one of pairs
-    images = config.pool_size * sum(channels) * size[0] * size[1]
-    pool = max(found, images * stored[0].element_size() if stored else 0)
+    # both domains have a pool of their own, or one of pairs; it has its full size from the first step on
+    pool = config.pool_size * sum(channels) * size[0] * size[1] * max(stored, default=0)
     reserve = RESERVE if gpu else 0
     return Estimate(
         memory=memory,
-        peak_bytes=peak + pool - found + reserve,
-        fixed_bytes=held - data - found,
+        peak_bytes=peak + reserve,
+        fixed_bytes=held - data - pool,
         pool_bytes=pool,
         data_bytes=data,
         reserve_bytes=reserve,
@@ -192,13 +190,10 @@ def _changes(
     if memory not in ("auto", MEMORY[-1]):
         yield "--memory", MEMORY[-1], recipe, size
     if config.batch_size > 1:
-        values, same = {"batch_size": 1}, ""
-        if hasattr(config, "accumulate"):
-            # the same images in each update
-            values["accumulate"] = config.batch_size * config.accumulate
-            same = f" --accumulate {values['accumulate']}"
-        one = type(recipe)(dataclasses.replace(config, **values))
-        yield "--batch-size", f"1{same}{least}", one, size
+        # the same images in each update
+        parts = config.batch_size * config.accumulate
+        one = type(recipe)(dataclasses.replace(config, batch_size=1, accumulate=parts))
+        yield "--batch-size", f"1 --accumulate {parts}{least}", one, size
     flag = "--crop-size" if "crop" in config.preprocess else "--load-size"
     if config.preprocess == "none":
         flag = "--preprocess resize_and_crop --crop-size"
@@ -228,7 +223,7 @@ def _at_most(recipe: Recipe, channels: tuple[int, int], size: tuple[int, int]) -
     weights = 6 * sum(p.nbytes for net in nets for p in net.parameters())
     # planes of full size and width that a pass keeps; CycleGAN has six passes of its generators
     planes = c.batch_size * max(c.ngf, c.ndf) * (40 + 4 * c.blocks) * 8
-    images = (c.pool_size + 4 * c.batch_size * c.n_critic * getattr(c, "accumulate", 1)) * sum(channels)
+    images = (c.pool_size + 4 * c.batch_size * c.n_critic * c.accumulate) * sum(channels)
     return weights + 4 * pixels * (planes + images)
 
 

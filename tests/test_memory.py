@@ -201,8 +201,9 @@ def test_parts_of_an_estimate():
     # float32: pairs of images in the pool; a batch of each domain; weights, gradients and two moments
     assert found.pool_bytes == 40 * 4 * pixels * 4
     assert found.data_bytes == 2 * 4 * pixels * 4
-    # the rest is counters, statistics and the loss
-    assert 0 <= found.fixed_bytes - 4 * 4 * weights < 0.02 * found.fixed_bytes
+    # the rest is the pool's room for a batch, counters and statistics
+    room = 2 * 4 * pixels * 4
+    assert 0 <= found.fixed_bytes - 4 * 4 * weights - room < 0.02 * found.fixed_bytes
     parts = found.fixed_bytes + found.pool_bytes + found.data_bytes + 2 * found.activation_bytes_per_image
     assert found.peak_bytes == parts
     assert "MB of activations per image" in str(found)
@@ -224,7 +225,7 @@ def test_modes_need_less_and_less():
     peaks = [
         estimate(recipe, (3, 3), (128, 128), memory=mode).activation_bytes_per_image for mode in stack.MEMORY
     ]
-    assert peaks[0] > 1.2 * peaks[1] > 1.8 * peaks[2]
+    assert peaks[0] > 1.2 * peaks[1] > 1.4 * peaks[2]
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
@@ -245,7 +246,8 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(UsageError) as error:
         chosen(0.6)
     assert str(error.value) == (
-        "--memory least needs about 0.04 GB, 0.02 GB are free: use --batch-size 1 (about 0.02 GB) "
+        "--memory least needs about 0.04 GB, 0.02 GB are free: "
+        "use --batch-size 1 --accumulate 2 (about 0.02 GB) "
         "or --crop-size 50 (about 0.01 GB) or --ngf 1 (about 0.02 GB)"
     )
     with pytest.raises(

@@ -89,6 +89,7 @@ class PatchDiscriminator(nn.Module):
         assert isinstance(first, Conv2d) and isinstance(after, nn.LeakyReLU)
         known = condition.shape[1]
         form: dict[str, Any] = {"stride": first.stride[0], "padding": int(first.padding[0])}
+        form["recompute"] = self.memory != "fast"
         shared = conv_norm_act(condition, first.weight[:, :known], first.bias, **form)
         form |= {"act": "leaky_relu", "slope": after.negative_slope}
         weight = first.weight[:, known:]
