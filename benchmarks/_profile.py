@@ -55,7 +55,7 @@ def profile(
             kernels.append({"name": event.key, "calls": event.count / steps, "ms": micro / 1e3 / steps})
     kernels.sort(key=lambda k: -k["ms"])
     floors = system.work.seconds(ceilings.flop_per_second, ceilings.bytes_per_second)
-    sums: dict[str, float] = dict.fromkeys((*floors, "other"), 0.0)
+    sums: dict[str, float] = dict.fromkeys((*GROUPS, "other", "step"), 0.0)
     for kernel in kernels:
         kernel["group"] = group(kernel["name"])
         sums[kernel["group"]] += kernel["ms"]
