@@ -17,7 +17,9 @@ GREY, BLUES, ORANGES = "#8a8a8a", ("#9ecae1", "#4292c6", "#084594"), ("#f28e2b",
 
 def machine_name(machine: dict[str, Any]) -> str:
     """The GPU, or the CPU with its threads."""
-    return machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
+    if machine["gpu"]:
+        return machine["gpu"]["name"]
+    return f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
 
 
 def markdown(run: dict[str, Any]) -> str:
