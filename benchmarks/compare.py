@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 ROOT = Path(__file__).parents[1]
 # run as a script, the folder of this file is on the path, not the root
@@ -143,9 +142,8 @@ def train(
     a, b = (torch.cat([batch[key] for batch in shown]).to(device) for key in "AB")
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         fakes = step.nets["G_A"](a), step.nets["G_B"](b)
-    # of the images that were given, thumbnails only
-    small = [functional.adaptive_avg_pool2d(x, min(64, config.crop_size)) for x in (a, b)]
-    pictures = {"A": small[0], "A to B": fakes[0], "B": small[1], "B to A": fakes[1]}
+    # not the images that were given: they may not be ours to publish
+    pictures = {"A to B": fakes[0], "B to A": fakes[1]}
     about = {"seconds": round(seconds, 1), "note": step.note}
     return curves, about, {key: x.float().cpu() for key, x in pictures.items()}
 
@@ -197,14 +195,13 @@ def compare(
         run["runs"][name] = about | {"losses": {k: [round(v, 6) for v in c] for k, c in curves[name].items()}}
         if RUNS[name][0] == 0:
             kind = name.partition(" ")[2]
-            columns |= {key if key in "AB" else f"{key} {kind}": x for key, x in pictures.items()}
+            columns |= {f"{key} {kind}": x for key, x in pictures.items()}
         path.with_suffix(".json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     run["verdict"] = judge(curves)
     path.with_suffix(".json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(page(run), encoding="utf-8")
     chart(run, curves, path.with_suffix(".png"))
-    order = sorted(columns, key=lambda caption: (caption[0], len(caption) > 1))
-    save_grid(Path(f"{path}_samples.png"), {caption: columns[caption] for caption in order})
+    save_grid(Path(f"{path}_samples.png"), {caption: columns[caption] for caption in sorted(columns)})
     print(page(run))
     print(f"{path}.json, .md, .png and _samples.png")
     return 0 if all(found["inside"] for found in run["verdict"].values()) else 1

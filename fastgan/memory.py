@@ -116,6 +116,7 @@ def fit(
     *,
     autocast: torch.dtype | None = None,
     memory: str = "auto",
+    images: int = 0,
 ) -> tuple[str, str]:
     """What the networks shall keep (see `fastgan.stack.set_memory`), and a line that says what it takes.
 
@@ -124,11 +125,13 @@ def fit(
         device: where the run will be. On a CPU a quick bound comes first, and the estimate where that is not
             below the free memory.
         memory: "auto" for the fastest that fits, or the one to check.
+        images: bytes of the training images that will lie on the device besides.
 
     Raises:
         UsageError: nothing fits; says what would.
     """
     free = free_bytes(device)
+    free = None if free is None else free - images
     first = MEMORY[0] if memory == "auto" else memory
     if free is None:
         return first, f"memory: --memory {first}; the free memory of {device} is not known"

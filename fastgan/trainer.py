@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from fastgan import __version__, checkpoint
 from fastgan.config import UsageError, changed, flag, read_json, to_json, write_text
 from fastgan.data.dataset import Data, open_data
-from fastgan.data.feed import Loader, open_feed
+from fastgan.data.feed import Loader, open_feed, resident_bytes
 from fastgan.data.resident import Resident, one_size
 from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
@@ -152,8 +152,9 @@ class Trainer:
         with together(self.ranks):
             autocast = pick_precision(config.precision, self.device)
             memory, line = fit(
-                self.recipe, self.data.channels, largest, self.device, autocast=autocast, memory=config.memory
-            )
+                self.recipe, self.data.channels, largest, self.device, autocast=autocast,
+                memory=config.memory, images=resident_bytes(self.data, self.device, config.data_on),
+            )  # fmt: skip
         if self.ranks:
             memory = max(self.ranks.collect(memory), key=MEMORY.index)
         if self.device.type != "cpu" or memory != "fast":

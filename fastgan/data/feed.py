@@ -171,6 +171,17 @@ class Loader:
         self.close()
 
 
+Where = Literal["auto", "device", "host"]
+
+
+def resident_bytes(data: Data, device: torch.device, where: Where) -> int:
+    """Bytes that the training images will take of a GPU's memory; 0 where they stay on the host."""
+    if device.type != "cuda" or where == "host":
+        return 0
+    possible = one_size(data.train) is not None and fits(data.train, torch.cuda.mem_get_info(device)[0])
+    return data.train.nbytes if possible else 0
+
+
 def open_feed(
     data: Data,
     batch_size: int,
@@ -181,7 +192,7 @@ def open_feed(
     start: int = 0,
     rank: int = 0,
     ranks: int = 1,
-    where: Literal["auto", "device", "host"] = "auto",
+    where: Where = "auto",
 ) -> Resident | Loader:
     """Return the training batches from batch `start` on, the same wherever the images lie.
 
@@ -198,8 +209,7 @@ def open_feed(
             f"--data-on device: the images take {split.nbytes / 2**20:.0f} MiB, more than {SHARE:.0%} of the "
             f"{free / 2**20:.0f} MiB that are free; use --data-on host"
         )
-    possible = free is not None and fits(split, free) and one_size(split) is not None
-    kind = Resident if where == "device" or (where == "auto" and possible) else Loader
+    kind = Resident if where == "device" or resident_bytes(data, device, where) else Loader
     return kind(
         split, batch_size, seed=seed, device=device, output_range=output_range, start=start, rank=rank,
         ranks=ranks,
