@@ -431,8 +431,14 @@ class Step:
         for group, optimizer in self.optimizers.items():
             entries: dict[int, dict[str, Tensor]] = {}
             for i, (name, p) in enumerate(self._parameters(group).items()):
-                prefix = f"optimizer.{name}."
-                mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                # runs of the first version numbered the parameters
+                prefixes = f"optimizer.{name}.", f"optimizer.{group}.{i}."
+                mine = {
+                    k.removeprefix(prefix): v
+                    for prefix in prefixes
+                    for k, v in state.items()
+                    if k.startswith(prefix)
+                }
                 # in the layout of the parameter: the fused update walks both in memory order
                 mine = {
                     k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone()

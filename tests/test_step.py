@@ -85,6 +85,22 @@ def test_a_network_is_loaded_with_its_own_optimiser_state():
     mine(images, 2)
 
 
+def test_a_state_that_numbers_the_parameters_is_read():
+    """As the first version wrote it."""
+    (images,), step, other = make_batches(1), make("pix2pix"), make("pix2pix")
+    step(images, 0)
+    state = step.state()
+    numbered = {k: v for k, v in state.items() if not k.startswith("optimizer.")}
+    for group in step.members:
+        for i, name in enumerate(step._parameters(group)):
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                numbered[f"optimizer.{group}.{i}.{key}"] = state[f"optimizer.{name}.{key}"]
+    other.load_state(numbered)
+    found = other.state()
+    assert set(found) == set(state)
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+
+
 COPIED: dict[str, tuple[str, dict[str, Any], str]] = {
     "cyclegan": ("cyclegan", {"ema": 0.9, "pool_size": 2}, "fast"),
     "cyclegan least": ("cyclegan", {}, "least"),
