@@ -350,7 +350,7 @@ def load_generator(
     net = build(found | {key: settings[key] for key in extra if key in settings})
     load_into(net, weights, str(file))
     labels = found.get("labels", 0)
-    given = len(label or ())
+    given = 0 if label is None else len(label)
     if given != labels:
         rule = f"a label of {labels} numbers, got {given}: give --label" if labels else "no --label"
         raise UsageError(f"{file} takes {rule}")
