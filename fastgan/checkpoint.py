@@ -8,6 +8,7 @@ folder with a final name is always whole.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -71,7 +72,8 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, An
             _sync(temporary)
         temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise CheckpointError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
@@ -296,7 +298,7 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 class Loaded(NamedTuple):
     """A generator of `load_generator` and what its images mean.
 
-    net: on the CPU, in evaluation mode. weights: as the file has them, by upstream's keys. channels, ranges,
+    net: on the CPU, in evaluation mode. weights: as the file has them, in upstream's order. channels, ranges,
     dtypes: of the input and the output, as trained; 8 bits and 0..255 where the file does not say. output:
     "tanh" or "sigmoid". path: the file. about: its header, {} for foreign files.
     """
@@ -349,6 +351,7 @@ def load_generator(
     extra = {"resnet": ("output", "padding"), "stargan": ()}.get(found["network"], ("output", "dropout"))
     net = build(found | {key: settings[key] for key in extra if key in settings})
     load_into(net, weights, str(file))
+    weights = {key: weights[key] for key in net.state_dict() if key in weights}
     labels = found.get("labels", 0)
     given = 0 if label is None else len(label)
     if given != labels:

@@ -58,9 +58,9 @@ class Whole(nn.Module):
         x = ((image - low) / (high - low)).clamp(0, 1)
         x = 2 * x - 1 if self.output == "tanh" else x
         height, width = image.shape[2:]
-        # by index and not by F.pad, which must know the sizes when the graph is made
+        # by index and not by F.pad and slices, which ask about sizes that the graph leaves open
         x = x[:, :, self._places(height)][:, :, :, self._places(width)]
-        y = self.net(x)[:, :, :height, :width]
+        y = self.net(x)[:, :, torch.arange(height)][:, :, :, torch.arange(width)]
         y = (y + 1) / 2 if self.output == "tanh" else y
         return y.clamp(0, 1) * (out_high - out_low) + out_low
 
@@ -111,7 +111,7 @@ def export(found: Loaded, out: Path, form: Format) -> str:
     sizes = ", ".join(f"{h}x{w}" for h, w in sides)
     (low, high), (out_low, out_high) = found.ranges
     return (
-        f"float32 (N, {found.channels[0]}, H, W) in {low:g}..{high:g} to (N, {found.channels[1]}, H, W) in "
+        f"float32 (1, {found.channels[0]}, H, W) in {low:g}..{high:g} to (1, {found.channels[1]}, H, W) in "
         f"{out_low:g}..{out_high:g}; at {sizes} at most {difference:.1e} from PyTorch in [-1, 1]"
     )
 
