@@ -153,7 +153,14 @@ def _program(whole: Whole, found: Loaded) -> torch.export.ExportedProgram:
     least = 5 if whole.multiple == 4 else 2
     height, width = torch.export.Dim("height", min=least), torch.export.Dim("width", min=least)
     shapes = ({2: height, 3: width},)
-    return torch.export.export(whole, (_example(whole, found),), dynamic_shapes=shapes)
+    # otherwise a side of one pixel deep inside a U-Net is ruled out, and with it the image of 256 pixels
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        return torch.export.export(
+            whole,
+            (_example(whole, found),),
+            dynamic_shapes=shapes,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def _torch_export(whole: Whole, found: Loaded, path: Path) -> Callable[[Tensor], Tensor]:
