@@ -154,7 +154,7 @@ def _program(whole: Whole, found: Loaded) -> torch.export.ExportedProgram:
     height, width = torch.export.Dim("height", min=least), torch.export.Dim("width", min=least)
     shapes = ({2: height, 3: width},)
     # otherwise a side of one pixel deep inside a U-Net is ruled out, and with it the image of 256 pixels
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(
             whole,
             (_example(whole, found),),
