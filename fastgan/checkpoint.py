@@ -384,9 +384,9 @@ def _file_in(path: Path, direction: str | None) -> Path:
         files = {f.stem: f for f in folder.glob("G*.safetensors")}
     else:
         trained = "AtoB"
-        # "latest" comes after any number of epochs or steps
+        # by number of epochs or steps; the letters of "latest" come after digits
         age = {f: re.split("_net_|-", f.name)[0] for f in folder.iterdir() if _network(f)}
-        ordered = sorted(age, key=lambda f: (age[f] == "latest", age[f].zfill(12)))
+        ordered = sorted(age, key=lambda f: age[f].zfill(12))
         files = {_network(f): f for f in ordered}
     if not files:
         raise CheckpointError(

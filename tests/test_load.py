@@ -163,7 +163,7 @@ def test_a_pickled_module_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 @pytest.fixture
 def upstream(tmp_path: Path) -> Path:
-    for name in ("1_net_G_A", "latest_net_G_A", "20_net_G_A", "1_net_G_B", "20_net_G_B", "20_net_D_A"):
+    for name in ("3_net_G_A", "latest_net_G_A", "20_net_G_A", "3_net_G_B", "20_net_G_B", "20_net_D_A"):
         torch.save(ResnetGenerator(3, 3, ngf=2, blocks=1).state_dict(), tmp_path / f"{name}.pth")
     return tmp_path
 
@@ -172,9 +172,9 @@ def test_a_folder_of_upstream(upstream: Path) -> None:
     assert load_generator(upstream).path.name == "latest_net_G_A.pth"
     assert load_generator(upstream, "AtoB").path.name == "latest_net_G_A.pth"
     assert load_generator(upstream, "BtoA").path.name == "20_net_G_B.pth"
-    assert load_generator(upstream / "1_net_G_B.pth").path.name == "1_net_G_B.pth"
-    with pytest.raises(UsageError, match=re.escape("1_net_G_B.pth is the other way")):
-        load_generator(upstream / "1_net_G_B.pth", "AtoB")
+    assert load_generator(upstream / "3_net_G_B.pth").path.name == "3_net_G_B.pth"
+    with pytest.raises(UsageError, match=re.escape("3_net_G_B.pth is the other way")):
+        load_generator(upstream / "3_net_G_B.pth", "AtoB")
     for file in upstream.glob("*G_B*"):
         file.unlink()
     with pytest.raises(UsageError, match="--direction BtoA"):
