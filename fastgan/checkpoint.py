@@ -8,20 +8,25 @@ folder with a final name is always whole.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from fastgan.config import UsageError
+from fastgan.models import GENERATORS, build
 
 State = dict[str, Tensor]
 
@@ -47,6 +52,29 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> 
     plain = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
     save_file(plain, path, metadata={"fastgan": json.dumps(about)})
     _sync(path)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, Any]) -> None:
+    """Write one network for `read_weights`: .safetensors with a header, any other suffix as upstream's .pth.
+
+    The file appears whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    temporary = path.with_name(f".writing_{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            _write(temporary, weights, about)
+        else:
+            torch.save({k: v.detach().to("cpu").contiguous().clone() for k, v in weights.items()}, temporary)
+            _sync(temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
 def _read(path: Path) -> State:
@@ -160,10 +188,12 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
                 warnings.simplefilter("ignore")
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            why = str(error).split("\n")[0]
+            # torch's own first line recommends the unsafe way to load
+            pickled = re.search(r"(?:GLOBAL|global:?|function|class) ([\w.]*\.[\w.]+)", str(error))
+            why = f"it holds a pickled {pickled[1]}" if pickled else str(error).split("\n")[0]
             raise CheckpointError(
-                f"{path} is not a plain file of weights ({why}); pickled objects are never loaded, save "
-                "net.state_dict() with torch.save instead"
+                f"{path} is not a plain file of weights ({why}); pickled objects can run any code and are "
+                "never loaded: save net.state_dict() with torch.save where that object was made"
             ) from None
         if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
             kind = (
@@ -181,8 +211,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Network and its arguments, read off the keys and shapes of a state dict.
 
     Returns:
-        "network" (resnet, unet, encdec, patchgan) and the keyword arguments of its class; {} where nothing
-        fits. Dropout of a U-Net and reflect against replicate padding leave no trace.
+        "network" (resnet, unet, encdec, stargan, patchgan) and the keyword arguments of its class; {} where
+        nothing fits. Dropout of a U-Net and reflect against replicate padding leave no trace.
     """
     conv = {k.removesuffix(".weight"): v for k, v in state.items() if k.endswith(".weight") and v.ndim == 4}
     has_batch = any(k.endswith("running_mean") for k in state)
@@ -207,11 +237,19 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         start = f"model.{blocks[0]}.conv_block." if blocks else ""
         inside = [int(k.removeprefix(start)) for k in conv if blocks and k.startswith(start)]
         zero = inside[:1] == [0]
+        blurs = {"blur_down": 7, "blur_up": top[-1] - 5}
         return {
             "network": "resnet", "in_channels": conv[first].shape[1], "out_channels": conv[last].shape[0],
             "ngf": conv[first].shape[0], "blocks": len(blocks), "norm": norm(first),
             "padding": "zero" if zero else "reflect",
             "dropout": bool(blocks) and inside[-1] - inside[0] == (4 if zero else 5),
+        } | {name: True for name, at in blurs.items() if f"model.{at}.filt" in state}  # fmt: skip
+    if "main.0" in conv and "main.1.weight" in state:
+        entry = conv["main.0"]
+        channels = conv[f"main.{max(int(k[5:]) for k in conv if re.fullmatch(r'main.[0-9]+', k))}"].shape[0]
+        return {
+            "network": "stargan", "channels": channels, "labels": entry.shape[1] - channels,
+            "ngf": entry.shape[0], "blocks": sum(k.endswith(".main.0") for k in conv),
         }  # fmt: skip
     if "net.0" in conv or "model.0" in conv:
         head = "net" if "net.0" in conv else "model"
@@ -240,7 +278,9 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
         CheckpointError: keys or shapes differ; names some of them and the network that the file looks like.
     """
     mine = net.state_dict()
-    missing, extra = [k for k in mine if k not in state], [k for k in state if k not in mine]
+    # PyTorch before 0.4.1 counted no batches; torch then fills in a zero
+    missing = [k for k in mine if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in mine]
     shapes = [k for k in mine if k in state and mine[k].shape != state[k].shape]
     if missing or extra or shapes:
         parts = [
@@ -253,3 +293,111 @@ def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
             f"{source} does not fit: {'; '.join(parts)}. It looks like {found}, not {wanted}"
         )
     net.load_state_dict(dict(state))
+
+
+class Loaded(NamedTuple):
+    """A generator of `load_generator` and what its images mean.
+
+    net: on the CPU, in evaluation mode. weights: as the file has them, in upstream's order. channels, ranges,
+    dtypes: of the input and the output, as trained; 8 bits and 0..255 where the file does not say. output:
+    "tanh" or "sigmoid". path: the file. about: its header, {} for foreign files.
+    """
+
+    net: nn.Module
+    weights: State
+    channels: tuple[int, int]
+    ranges: tuple[tuple[float, float], tuple[float, float]]
+    dtypes: tuple[np.dtype[Any], np.dtype[Any]]
+    output: Literal["tanh", "sigmoid"]
+    path: Path
+    about: dict[str, Any]
+
+
+def load_generator(
+    path: Path | str,
+    direction: Literal["AtoB", "BtoA"] | None = None,
+    label: Sequence[float] | None = None,
+) -> Loaded:
+    """A generator from a run or checkpoint folder, ours or the original release's, or from one file.
+
+    Args:
+        path: a file may be .safetensors, or a .pth or .ckpt of pix2pix, CycleGAN, CUT or StarGAN. Of a folder
+            the newest weights are taken, the averaged ones where there are some. Network, norm, width,
+            depth, dropout and channels are read off keys and shapes.
+        direction: in terms of the data folder; default is the direction of training.
+        label: one number per label, for StarGAN alone.
+
+    Raises:
+        CheckpointError: nothing there, pickled objects, or not a generator.
+        UsageError: a direction that was not trained or is in another file; a label that does not fit.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give a run folder, a checkpoint or a file of weights")
+    file = _file_in(path, direction) if path.is_dir() else path
+    weights, about = read_weights(file)
+    found = describe(weights)
+    if found.get("network") not in GENERATORS:
+        keys = ", ".join(list(weights)[:3])
+        raise CheckpointError(
+            f"{file} is not a generator: it looks like {say(found)}; its keys are {keys}, ..."
+        )
+    settings = about.get("settings", {})
+    name = (about.get("network") or _network(file)).removesuffix("_ema")
+    forward = direction in (None, settings.get("direction", "AtoB"))
+    if path == file and direction and name in ("G_A", "G_B") and forward != (name == "G_A"):
+        raise UsageError(f"{file} is the other way: give its folder for --direction {direction}")
+    # what leaves no trace in the weights comes from the header
+    extra = {"resnet": ("output", "padding"), "stargan": ()}.get(found["network"], ("output", "dropout"))
+    net = build(found | {key: settings[key] for key in extra if key in settings})
+    load_into(net, weights, str(file))
+    weights = {key: weights[key] for key in net.state_dict() if key in weights}
+    labels = found.get("labels", 0)
+    given = 0 if label is None else len(label)
+    if given != labels:
+        rule = f"a label of {labels} numbers, got {given}: give --label" if labels else "no --label"
+        raise UsageError(f"{file} takes {rule}")
+    if labels:
+        net.label = torch.tensor(label, dtype=torch.float32)
+    channels = (found["channels"],) * 2 if labels else (found["in_channels"], found["out_channels"])
+    # the header names domains as A and B; this generator's own order is input, output
+    ends = (1, 0) if name == "G_B" else (0, 1)
+    ranges = [(float(low), float(high)) for low, high in about.get("ranges", [(0, 255)] * 2)]
+    dtypes = [np.dtype(d) for d in about.get("dtypes", ["uint8", "uint8"])]
+    return Loaded(
+        net.eval(), weights, channels, (ranges[ends[0]], ranges[ends[1]]), (dtypes[ends[0]], dtypes[ends[1]]),
+        settings.get("output", "tanh"), file, about,
+    )  # fmt: skip
+
+
+def _network(file: Path) -> str:
+    """Upstream's name of the network in a file, an empty string for other names."""
+    found = re.fullmatch(r"\w+_net_(G(?:_[AB])?)\.pth|\d+-(G)\.ckpt", file.name)
+    return (found[1] or found[2]) if found else ""
+
+
+def _file_in(path: Path, direction: str | None) -> Path:
+    whole = checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    folder = whole[-1] if whole else path
+    if own := (folder / "state.safetensors").is_file():
+        trained = header(folder / "state.safetensors")["settings"]["direction"]
+        files = {f.stem: f for f in folder.glob("G*.safetensors")}
+    else:
+        trained = "AtoB"
+        # by number of epochs or steps; the letters of "latest" come after digits
+        age = {f: re.split("_net_|-", f.name)[0] for f in folder.iterdir() if _network(f)}
+        ordered = sorted(age, key=lambda f: age[f].zfill(12))
+        files = {_network(f): f for f in ordered}
+    if not files:
+        raise CheckpointError(
+            f"{path} holds no checkpoint: give a run folder, a checkpoint or a file of weights"
+        )
+    forward = direction in (None, trained)
+    # nothing tells which way the only generator of a foreign folder goes
+    names = ["G_A", "G"] if forward else ["G_B"] if own else ["G_B", "G"]
+    for name in [each + end for each in names for end in ("_ema", "")]:
+        if name in files:
+            return files[name]
+    raise UsageError(
+        f"{path} holds {', '.join(sorted(files))}: --direction {direction or trained} is not possible"
+    )

@@ -22,8 +22,7 @@ from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_te
 from fastgan.data.images import DataError, list_images, read_images, type_range, write_image
 from fastgan.device import pick_device, pick_precision
 from fastgan.layers import place
-from fastgan.models import build, translate_any_size
-from fastgan.recipes import RECIPES
+from fastgan.models import translate_any_size
 
 
 @dataclass(frozen=True)
@@ -75,70 +74,25 @@ def load_generator(
     path: Path | str,
     direction: Literal["AtoB", "BtoA"] | None = None,
     *,
+    label: Sequence[float] | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Generator:
-    """A generator from a run folder, one of its checkpoints, a .safetensors file or a .pth of the original
-    release.
+    """A generator ready to translate images.
 
     Args:
-        path: what to load. The averaged generator is taken where the run has one.
-        direction: in terms of the data folder; default is the direction of training. A single file has one
-            direction.
+        path, direction, label: see `fastgan.checkpoint.load_generator`.
         device, precision: as in training.
 
     Raises:
         CheckpointError, UsageError: nothing there, not a generator, or a direction that was not trained.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a run folder, a checkpoint or a file of weights")
-    if path.is_dir():
-        path = _file_in_run(path, direction)
-    state, header = checkpoint.read_weights(path)
-    found = checkpoint.describe(state)
-    if found.get("network") not in ("resnet", "unet", "encdec"):
-        keys = ", ".join(list(state)[:3])
-        raise CheckpointError(
-            f"{path} is not a generator: it looks like {checkpoint.say(found)}; its keys are {keys}, ..."
-        )
-    settings = header.get("settings", {})
-    # neither leaves a trace in the weights, so they come from the header
-    extra = {"output": settings.get("output", "tanh")}
-    if found["network"] == "resnet" and settings.get("padding"):
-        extra["padding"] = settings["padding"]
-    net = build(found | extra)
-    checkpoint.load_into(net, state, str(path))
+    found = checkpoint.load_generator(path, direction, label)
     where = pick_device(device)
-    net = place(net, where).eval()
-    # the header names domains as A and B; this generator's own order is input, output
-    ends = (1, 0) if header.get("network", "").startswith("G_B") else (0, 1)
-    ranges = [tuple(r) for r in header.get("ranges", [(0.0, 255.0)] * 2)]
-    dtypes = [np.dtype(d) for d in header.get("dtypes", ["uint8", "uint8"])]
     return Generator(
-        net, (found["in_channels"], found["out_channels"]), (ranges[ends[0]], ranges[ends[1]]),
-        (dtypes[ends[0]], dtypes[ends[1]]), extra["output"], where, pick_precision(precision, where),
-        str(path),
+        place(found.net, where), found.channels, found.ranges, found.dtypes, found.output, where,
+        pick_precision(precision, where), str(found.path),
     )  # fmt: skip
-
-
-def _file_in_run(path: Path, direction: str | None) -> Path:
-    inside = checkpoint.checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    folder = inside[-1] if inside else path
-    if not (folder / "state.safetensors").is_file():
-        raise CheckpointError(
-            f"{path} holds no checkpoint: give a run folder, a checkpoint or a file of weights"
-        )
-    header = checkpoint.header(folder / "state.safetensors")
-    recipe, trained = RECIPES[header["recipe"]], header["settings"]["direction"]
-    inner = "AtoB" if direction in (None, trained) else "BtoA"
-    if inner not in recipe.directions:
-        raise UsageError(
-            f"{path} was trained {trained} only: --direction {direction} is not possible with {recipe.name}"
-        )
-    name = recipe.directions[inner].net
-    averaged = folder / f"{name}_ema.safetensors"
-    return averaged if averaged.is_file() else folder / f"{name}.safetensors"
 
 
 def translate(generator: Generator, source: Path, target: Path) -> list[str]:
@@ -174,10 +128,11 @@ def translate(generator: Generator, source: Path, target: Path) -> list[str]:
 class Arguments:
     """What `python -m fastgan.translate` takes."""
 
-    run: tyro.conf.Positional[Path]  # run folder, checkpoint folder, .safetensors or .pth
+    run: tyro.conf.Positional[Path]  # run folder, checkpoint folder, .safetensors, .pth or .ckpt
     input: tyro.conf.Positional[Path]  # image or folder of images
     output: tyro.conf.Positional[Path]  # image or folder
     direction: Literal["AtoB", "BtoA"] | None = None  # in terms of the data folder; default: as trained
+    label: tuple[float, ...] | None = None  # one number per label, for StarGAN
     device: str = "auto"  # cuda, cuda:1, mps, cpu
     precision: Literal["auto", "bf16", "fp32", "tf32"] = "auto"  # auto: bf16 where the hardware has it
 
@@ -186,7 +141,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Translate; exit code 0, or 2 with one line about what could not be done."""
     try:
         given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.translate")
-        generator = load_generator(given.run, given.direction, device=given.device, precision=given.precision)
+        generator = load_generator(
+            given.run, given.direction, label=given.label, device=given.device, precision=given.precision
+        )
         bad = translate(generator, given.input, given.output)
     except (UsageError, DataError, CheckpointError) as error:
         fail(error)

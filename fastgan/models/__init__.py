@@ -9,11 +9,15 @@ from torch.nn import functional as F
 from fastgan.models.init import init_weights
 from fastgan.models.patchgan import PatchDiscriminator
 from fastgan.models.resnet import ResnetGenerator
+from fastgan.models.stargan import StarGANGenerator
 from fastgan.models.unet import UnetGenerator
 
+GENERATORS = ("resnet", "unet", "encdec", "stargan")
 __all__ = [
+    "GENERATORS",
     "PatchDiscriminator",
     "ResnetGenerator",
+    "StarGANGenerator",
     "UnetGenerator",
     "build",
     "init_weights",
@@ -33,9 +37,11 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         return ResnetGenerator(**kwargs)
     if kind in ("unet", "encdec"):
         return UnetGenerator(**kwargs, skips=kind == "unet")
+    if kind == "stargan":
+        return StarGANGenerator(**kwargs)
     if kind == "patchgan":
         return PatchDiscriminator(**kwargs)
-    raise ValueError(f"build: network must be resnet, unet, encdec or patchgan, got {kind}")
+    raise ValueError(f"build: network must be {', '.join(GENERATORS)} or patchgan, got {kind}")
 
 
 def translate_any_size(net: nn.Module, x: Tensor) -> Tensor:

@@ -3,13 +3,16 @@ CycleGAN, appendix 7.2).
 
 State-dict keys are those of the original release: with instance norm and 9 blocks `model.1`, `model.4`,
 `model.7`, `model.{10..18}.conv_block.{1,5}`, `model.19`, `model.22`, `model.26`; a dropout layer moves
-`conv_block.5` to `conv_block.6`. As there, the stride-2 convolutions pad with zeros and only the others
-reflect, and convolutions in front of a norm have a bias only with instance norm.
+`conv_block.5` to `conv_block.6`, CUT's blurs move what follows them by one. As there, the stride-2
+convolutions pad with zeros and only the others reflect, and convolutions in front of a norm have a bias only
+with instance norm.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastgan.layers import (
     Conv2d,
@@ -38,6 +41,42 @@ def _padded_conv(padding: str, channels: int, bias: bool) -> list[nn.Module]:
     if padding not in PADDINGS:
         raise ValueError(f"ResnetBlock: padding must be reflect, replicate or zero, got {padding!r}")
     return [PADDINGS[padding](1), Conv2d(channels, channels, 3, bias=bias)]
+
+
+class _Blur(nn.Module):
+    """Depthwise binomial filter, a buffer `filt` (channels, 1, k, k) as in CUT's files (Zhang 2019)."""
+
+    filt: Tensor
+
+    def __init__(self, channels: int, taps: list[float], gain: float) -> None:
+        super().__init__()
+        line = torch.tensor(taps)
+        square = gain * line[:, None] * line / line.sum() ** 2
+        self.register_buffer("filt", square.repeat(channels, 1, 1, 1))
+
+
+class BlurDown(_Blur):
+    """Halve (N, C, H, W): 1 2 1 filter with reflection, every second pixel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, [1.0, 2.0, 1.0], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, ceil(H / 2), ceil(W / 2))."""
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), self.filt, stride=2, groups=x.shape[1])
+
+
+class BlurUp(_Blur):
+    """Double (N, C, H, W): zeros between the pixels, 1 3 3 1 filter with the border repeated."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, [1.0, 3.0, 3.0, 1.0], 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, 2 H, 2 W)."""
+        x = F.pad(x, (1, 1, 1, 1), "replicate")
+        # the border, doubled with the rest, is cut off: 3 pixels by the padding alone
+        return F.conv_transpose2d(x, self.filt, stride=2, padding=3, groups=x.shape[1])
 
 
 class ResnetBlock(nn.Module):
@@ -85,6 +124,8 @@ class ResnetGenerator(nn.Module):
         padding: "reflect", "replicate" or "zero", of the residual blocks; the 7x7 layers reflect.
         dropout: dropout 0.5 inside the residual blocks.
         output: "tanh" for images in [-1, 1], "sigmoid" for [0, 1].
+        blur_down, blur_up: CUT's antialiasing: 3x3 convolutions of stride 1 and a blur around them, in place
+            of the stride-2 and of the transposed convolutions.
     """
 
     multiple = 4
@@ -101,15 +142,22 @@ class ResnetGenerator(nn.Module):
         padding: str = "reflect",
         dropout: bool = False,
         output: str = "tanh",
+        blur_down: bool = False,
+        blur_up: bool = False,
     ) -> None:
         super().__init__()
         bias = norm == "instance"
         layers = [ReflectionPad2d(3), Conv2d(in_channels, ngf, 7, bias=bias), *norm_act(norm, ngf, "relu")]
         for width in (ngf, 2 * ngf):
-            layers += [Conv2d(width, 2 * width, 3, 2, 1, bias=bias), *norm_act(norm, 2 * width, "relu")]
+            stride = 1 if blur_down else 2
+            layers += [Conv2d(width, 2 * width, 3, stride, 1, bias=bias), *norm_act(norm, 2 * width, "relu")]
+            layers += [BlurDown(2 * width)] if blur_down else []
         layers += [ResnetBlock(4 * ngf, norm=norm, padding=padding, dropout=dropout) for _ in range(blocks)]
         for width in (4 * ngf, 2 * ngf):
-            layers += [ConvTranspose2d(width, width // 2, 3, 2, 1, output_padding=1, bias=bias)]
+            if blur_up:
+                layers += [BlurUp(width), Conv2d(width, width // 2, 3, padding=1, bias=bias)]
+            else:
+                layers += [ConvTranspose2d(width, width // 2, 3, 2, 1, output_padding=1, bias=bias)]
             layers += norm_act(norm, width // 2, "relu")
         layers += [ReflectionPad2d(3), Conv2d(ngf, out_channels, 7), output_layer(output)]
         self.model = nn.Sequential(*layers)
