@@ -50,7 +50,8 @@ MAY_IMPORT = {
         "step",
     },
     "train": {*LEAVES, "parallel", "recipes", "trainer"},
-    "translate": {"device", *LEAVES, "layers", "models", "recipes", "trainer"},
+    "tiling": {"config", "layers", "stack"},
+    "translate": {"device", *LEAVES, "layers", "memory", "models", "recipes", "tiling", "trainer"},
     "evaluate": {"device", *LEAVES, "models", "recipes", "trainer"},
 }
 
