@@ -36,9 +36,9 @@ from fastgan.stack import CONVS, NORMS, PADS
 
 ELEMENTWISE = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Dropout)
 LEAST = 32  # pixels; below it the halos are most of the work
-# copies of the widest stage's input and output that memory holds, whole and in tiles. Measured at 9 blocks,
-# ngf 64, float32 on two CPU cores: 1.4 (1024x1024, whole) and 3.6 (tile 512: the halos, and what is on its
-# way to and from the files)
+# copies of the widest stage's input and output that memory holds, whole and in tiles: above what was measured
+# at 9 blocks, ngf 64, 1024x1024, float32 on two CPU cores, 1.4 whole and 2.5 at tile 512 (the halos, and what
+# is on its way to and from the files)
 COPIES = (2, 4)
 
 
