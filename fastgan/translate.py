@@ -15,14 +15,15 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from fastgan import checkpoint
+from fastgan import checkpoint, tiling
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import UsageError, fail, parse
 from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_tensor
 from fastgan.data.images import DataError, list_images, read_images, type_range, write_image
 from fastgan.device import pick_device, pick_precision
 from fastgan.layers import place
-from fastgan.models import translate_any_size
+from fastgan.memory import free_bytes
+from fastgan.models import missing_pixels, translate_any_size
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,25 @@ class Generator:
     name: str
 
     @torch.inference_mode()
-    def __call__(self, image: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, image: np.ndarray, *, tile: int | Literal["auto"] | None = None, folder: Path | None = None
+    ) -> np.ndarray:
         """Translate one image.
 
         Args:
             image: (H, W, C) uint8, uint16 or float32, any size; grey and RGB are converted to the trained
                 channels.
+            tile: side in pixels of the tiles in which the network runs, with the result of the whole image,
+                see `fastgan.tiling`; "auto": by the free memory; None: the whole image at once.
+            folder: of the temporary files that tiles need; default: the system's.
 
         Returns:
             (H, W, C of the output domain). An image of the type it was trained on gives the type and values
             of the output domain; any other type is taken at its full range and returned as it came.
 
         Raises:
-            DataError: channels that do not fit.
+            DataError: channels that do not fit, or a disk that is too small for the temporary files.
+            UsageError: a tile that cannot be, or a network that cannot run in tiles.
         """
         own = image.dtype == self.dtypes[0]
         range_in = self.ranges[0] if own else type_range(image.dtype)
@@ -64,10 +71,41 @@ class Generator:
         if fitting is None:
             have, want = image.shape[2], self.channels[0]
             raise DataError(f"the image has {have} channels, {self.name} was trained on {want}")
-        x = to_tensor(fitting[None], range_in, device=self.device, output_range=self.output, clamp=True)
+        if tile == "auto":
+            tile = tiling.pick_tile(self.net, image.shape[:2], free_bytes(self.device))
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            if tile is not None:
+                return self._in_tiles(fitting, tile, folder, range_in, range_out, dtype_out)
+            x = to_tensor(fitting[None], range_in, device=self.device, output_range=self.output, clamp=True)
             y = translate_any_size(self.net, x)
         return from_tensor(y, range_out, dtype_out, output_range=self.output)[0]
+
+    def _in_tiles(
+        self,
+        image: np.ndarray,
+        tile: int,
+        folder: Path | None,
+        range_in: tuple[float, float],
+        range_out: tuple[float, float],
+        dtype_out: np.dtype[Any],
+    ) -> np.ndarray:
+        h, w = image.shape[:2]
+        bottom, right, mode = missing_pixels(self.net, h, w)
+        padded = np.pad(image, ((0, bottom), (0, right), (0, 0)), "reflect" if mode == "reflect" else "edge")
+        out = np.empty((h, w, self.channels[1]), dtype_out)
+
+        def read(box: tiling.Box) -> torch.Tensor:
+            part = padded[None, box.top : box.bottom, box.left : box.right]
+            return to_tensor(part, range_in, device=self.device, output_range=self.output, clamp=True)
+
+        def write(box: tiling.Box, y: torch.Tensor) -> None:
+            place = out[box.top : box.bottom, box.left : box.right]
+            part = from_tensor(y, range_out, dtype_out, output_range=self.output)[0]
+            place[...] = part[: place.shape[0], : place.shape[1]]
+
+        show = sys.stderr.isatty()
+        tiling.run_tiles(self.net, read, write, padded.shape[:2], tile, folder=folder, progress=show)
+        return out
 
 
 def load_generator(
@@ -95,13 +133,20 @@ def load_generator(
     )  # fmt: skip
 
 
-def translate(generator: Generator, source: Path, target: Path) -> list[str]:
+def translate(
+    generator: Generator, source: Path, target: Path, *, tile: int | Literal["auto"] | None = None
+) -> list[str]:
     """Translate a file or every image below a folder, keeping names; returns a line for each file that could
-    not be.
+    not be. tile: as `Generator` takes it; the temporary files lie beside the result.
 
     Raises:
         DataError: nothing to translate, or the target would overwrite the source.
+        UsageError: a tile that cannot be, or a network that cannot run in tiles.
     """
+    if isinstance(tile, int):
+        # before anything is read or made
+        tiling.check_tile(tile, int(getattr(generator.net, "multiple", 1)))
+        tiling.stages(generator.net)
     if not source.exists():
         raise DataError(f"{source} does not exist")
     files = [source] if source.is_file() else list_images(source)
@@ -118,7 +163,7 @@ def translate(generator: Generator, source: Path, target: Path) -> list[str]:
             images = read_images(file)
             for k, image in enumerate(images):
                 page = goal if len(images) == 1 else goal.with_name(f"{goal.stem}_page{k:03d}{goal.suffix}")
-                write_image(page, generator(image))
+                write_image(page, generator(image, tile=tile, folder=goal.parent))
         except (DataError, OSError) as error:
             bad.append(str(error) if str(file) in str(error) else f"{file}: {error}")
     return bad
@@ -135,6 +180,7 @@ class Arguments:
     label: tuple[float, ...] | None = None  # one number per label, for StarGAN
     device: str = "auto"  # cuda, cuda:1, mps, cpu
     precision: Literal["auto", "bf16", "fp32", "tf32"] = "auto"  # auto: bf16 where the hardware has it
+    tile: int | Literal["auto"] | None = None  # side in pixels of the tiles of a large image; auto: by memory
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -144,7 +190,7 @@ def main(args: Sequence[str] | None = None) -> None:
         generator = load_generator(
             given.run, given.direction, label=given.label, device=given.device, precision=given.precision
         )
-        bad = translate(generator, given.input, given.output)
+        bad = translate(generator, given.input, given.output, tile=given.tile)
     except (UsageError, DataError, CheckpointError) as error:
         fail(error)
     if bad:

@@ -21,6 +21,7 @@ __all__ = [
     "UnetGenerator",
     "build",
     "init_weights",
+    "missing_pixels",
     "translate_any_size",
 ]
 
@@ -46,11 +47,17 @@ def build(description: Mapping[str, Any]) -> nn.Module:
 
 def translate_any_size(net: nn.Module, x: Tensor) -> Tensor:
     """Apply a generator to (N, C, H, W) of any size: pad bottom and right to what it divides, crop back."""
-    multiple = int(getattr(net, "multiple", 1))
     h, w = x.shape[-2:]
-    # a ResNet reflects one pixel at a quarter of the size: below 8 pixels there is nothing to reflect
-    need = [max(-(-s // multiple) * multiple, min(8, 2 * multiple)) - s for s in (h, w)]
-    if any(need):
-        mode = "reflect" if need[0] < h and need[1] < w else "replicate"
-        x = F.pad(x, (0, need[1], 0, need[0]), mode=mode)
+    bottom, right, mode = missing_pixels(net, h, w)
+    if bottom or right:
+        x = F.pad(x, (0, right, 0, bottom), mode=mode)
     return net(x)[..., :h, :w]
+
+
+def missing_pixels(net: nn.Module, h: int, w: int) -> tuple[int, int, str]:
+    """Rows and columns that an image of h x w lacks for a generator, and how to pad them: "reflect" or
+    "replicate"."""
+    multiple = int(getattr(net, "multiple", 1))
+    # a ResNet reflects one pixel at a quarter of the size: below 8 pixels there is nothing to reflect
+    bottom, right = (max(-(-s // multiple) * multiple, min(8, 2 * multiple)) - s for s in (h, w))
+    return bottom, right, "reflect" if bottom < h and right < w else "replicate"
