@@ -4,13 +4,15 @@
     --steps 500     of CycleGAN with identity loss, batch 1
     --size, --ngf, --blocks       256, 64, 9 on a GPU; 64, 16, 3 on a CPU
     --out DIR       instead of benchmarks/results
+    --resume FILE   the .json of a run that was cut off: what it has is not trained again
 
-Three runs see the same random crops: eager float32; the fast step (bfloat16 autocast, on a GPU in a CUDA
-graph) from the same initial weights; and eager float32 from other initial weights. The band, fixed before
-anything is measured: of every loss, the mean over 50 steps in the fast run stays as near to that of the first
-run as the third run's does where it is farthest away. Adversarial training amplifies every rounding, so no
-two runs that round differently stay together step by step; another draw of the weights is the least change
-that a user would call the same training.
+Four runs see the same random crops: eager float32; the fast step (bfloat16 autocast, on a GPU in a CUDA
+graph) from the same initial weights; eager float32 from other initial weights; and, to tell what rounding
+alone does, eager float32 from the first weights in NCHW, where sums are taken in another order. The band,
+fixed before anything is measured: of every loss, the mean over 50 steps in the fast run stays as near to that
+of the first run as the third run's does where it is farthest away. Adversarial training amplifies every
+rounding, so no two runs that round differently stay together step by step; another draw of the weights is the
+least change that a user would call the same training.
 
 Writes compare_<machine>_<date>.json (all losses of all steps), .md, .png (curves and bands) and _samples.png.
 Exits with 1 if a loss leaves its band.
@@ -49,9 +51,15 @@ from fastgan.step import Step  # noqa: E402
 
 WINDOW = 50
 LOSSES = ("G_A", "G_B", "D_A", "D_B", "cycle", "idt")
-# name of a run: its initial weights and whether it is the fast step
-RUNS = {"eager fp32": (0, False), "fast bf16": (0, True), "eager fp32, other weights": (1, False)}
-COLOURS = dict(zip(RUNS, ("#1f4e79", "#f28e2b", "#b0b0b0")))
+NHWC, NCHW = torch.channels_last, torch.contiguous_format
+# name of a run: its initial weights, whether it is the fast step, and the layout
+RUNS = {
+    "eager fp32": (0, False, NHWC),
+    "fast bf16": (0, True, NHWC),
+    "eager fp32, other weights": (1, False, NHWC),
+    "eager fp32, other order": (0, False, NCHW),
+}
+COLOURS = dict(zip(RUNS, ("#1f4e79", "#f28e2b", "#b0b0b0", "#59a14f")))
 Curves = dict[str, list[float]]
 
 
@@ -64,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ngf", type=int, default=64 if cuda else 16)
     parser.add_argument("--blocks", type=int, default=9 if cuda else 3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--resume", type=Path)
     given = parser.parse_args(arguments)
     if find_spec("matplotlib") is None:
         parser.error("the chart needs matplotlib: pip install -e '.[bench]'")
@@ -79,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = " ".join(["python benchmarks/compare.py", shlex.quote(given.data.resolve().name), *options])
     config = CycleGANConfig(ngf=given.ngf, ndf=given.ngf, blocks=given.blocks, crop_size=given.size)
     device = torch.device("cuda" if cuda else "cpu")
-    return compare(config, images, device, given.steps, given.out, command)
+    return compare(config, images, device, given.steps, given.out, command, given.resume)
 
 
 def read(folder: Path, size: int) -> list[np.ndarray]:
@@ -123,20 +132,22 @@ def train(
     config: CycleGANConfig, images: Sequence[list[np.ndarray]], device: torch.device, steps: int, name: str
 ) -> tuple[Curves, dict[str, Any], dict[str, Tensor]]:
     """One run of RUNS: its losses by step, how it went, and its translations of four fixed crops."""
-    seed, fast = RUNS[name]
+    seed, fast, layout = RUNS[name]
     autocast = pick_precision("bf16" if fast else "fp32", device)
     recipe = CycleGAN(config)
     torch.manual_seed(seed)
     step = Step(recipe, recipe.networks(3, 3), device=device, autocast=autocast, capture=fast)
+    for net in step.nets.values():
+        net.to(memory_format=layout)  # type: ignore[call-overload]
     source, found = crops(images, config.crop_size, seed=0), []
     begin = time.monotonic()
     for index in range(steps):
-        batch = {key: x.to(device) for key, x in next(source).items()}
+        batch = {key: x.to(device).contiguous(memory_format=layout) for key, x in next(source).items()}
         terms = common(step([batch], index))
         found.append(torch.stack([terms[key].float() for key in LOSSES]))
     values = torch.stack(found).cpu()
     seconds = time.monotonic() - begin
-    curves = {key: values[:, column].tolist() for column, key in enumerate(LOSSES)}
+    curves = {key: [round(v, 6) for v in values[:, column].tolist()] for column, key in enumerate(LOSSES)}
     fixed = crops(images, config.crop_size, seed=1)
     shown = [next(fixed) for _ in range(4)]
     a, b = (torch.cat([batch[key] for batch in shown]).to(device) for key in "AB")
@@ -156,7 +167,7 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 def judge(curves: dict[str, Curves]) -> dict[str, dict[str, Any]]:
     """Of every loss the half width of its band, how far the fast run is from the first one and where, the
     mean of that over the mean for other weights, and whether it stays inside."""
-    first, fast, other = (curves[name] for name in RUNS)
+    first, fast, other, order = (curves[name] for name in RUNS)
     found = {}
     for key in LOSSES:
         apart = np.abs(smooth(other[key]) - smooth(first[key]))
@@ -165,6 +176,7 @@ def judge(curves: dict[str, Curves]) -> dict[str, dict[str, Any]]:
             "band": float(apart.max()),
             "farthest": float(off.max()),
             "at_step": int(off.argmax()) + WINDOW,
+            "farthest_of_other_order": float(np.abs(smooth(order[key]) - smooth(first[key])).max()),
             "mean_ratio": float(off.mean() / apart.mean()),
             # a loss that is no number is in no band
             "inside": bool(off.max() <= apart.max()),
@@ -179,21 +191,29 @@ def compare(
     steps: int,
     out: Path,
     command: str,
+    resume: Path | None = None,
 ) -> int:
-    """Trains the three runs and writes what they did; returns the exit code."""
+    """Trains the four runs and writes what they did; returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
     machine = describe() | {"threads": torch.get_num_threads()}
-    path = free_name(out, machine, "compare_")
+    path = free_name(out, machine, "compare_") if resume is None else resume.with_suffix("")
     settings = {"size": config.crop_size, "ngf": config.ngf, "blocks": config.blocks, "steps": steps}
     run: dict[str, Any] = {"command": command, "machine": machine, "settings": settings, "runs": {}}
-    curves: dict[str, Curves] = {}
     columns: dict[str, Tensor] = {}
+    if resume is not None:
+        run = json.loads(resume.read_text(encoding="utf-8"))
+        if run["command"] != command:
+            fail(f"--resume {resume}: was made by {run['command']}, give the same")
+    curves: dict[str, Curves] = {name: found["losses"] for name, found in run["runs"].items()}
     for name in RUNS:
+        if name in curves:
+            continue
         curves[name], about, pictures = train(config, images, device, steps, name)
         free(device)
         print(f"{name}: {steps} steps in {about['seconds']} s", flush=True)
-        run["runs"][name] = about | {"losses": {k: [round(v, 6) for v in c] for k, c in curves[name].items()}}
-        if RUNS[name][0] == 0:
+        about["commit"] = machine["commit"]
+        run["runs"][name] = about | {"losses": curves[name]}
+        if RUNS[name][0] == 0 and RUNS[name][2] == NHWC:
             kind = name.partition(" ")[2]
             columns |= {f"{key} {kind}": x for key, x in pictures.items()}
         path.with_suffix(".json").write_text(json.dumps(run) + "\n", encoding="utf-8")
@@ -201,7 +221,8 @@ def compare(
     path.with_suffix(".json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(page(run), encoding="utf-8")
     chart(run, curves, path.with_suffix(".png"))
-    save_grid(Path(f"{path}_samples.png"), {caption: columns[caption] for caption in sorted(columns)})
+    if columns:
+        save_grid(Path(f"{path}_samples.png"), {caption: columns[caption] for caption in sorted(columns)})
     print(page(run))
     print(f"{path}.json, .md, .png and _samples.png")
     return 0 if all(found["inside"] for found in run["verdict"].values()) else 1
@@ -222,15 +243,18 @@ def page(run: dict[str, Any]) -> str:
         "",
         f"Band: the mean of a loss over {WINDOW} steps in the fast run is compared with that of eager fp32 "
         "from the same weights; half its width is the farthest that eager fp32 from other weights comes away "
-        "from that. Last column: mean distance of the fast run over that of other weights.",
+        "from that. Other order: the farthest of eager fp32 from the same weights in NCHW. Last column: mean "
+        "distance of the fast run over that of other weights.",
         "",
-        "| loss | half width of the band | farthest of the fast run | at step | inside | distances |",
-        "|---|---:|---:|---:|---|---:|",
+        "| loss | half width of the band | farthest of the fast run | at step | inside | other order "
+        "| distances |",
+        "|---|---:|---:|---:|---|---:|---:|",
     ]
     for key, found in run["verdict"].items():
         lines.append(
             f"| {key} | {found['band']:.4f} | {found['farthest']:.4f} | {found['at_step']} | "
-            f"{'yes' if found['inside'] else 'NO'} | {found['mean_ratio']:.2f} |"
+            f"{'yes' if found['inside'] else 'NO'} | {found['farthest_of_other_order']:.4f} | "
+            f"{found['mean_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -258,7 +282,7 @@ def chart(run: dict[str, Any], curves: dict[str, Curves], path: Path) -> None:
         for name, curve in curves.items():
             means = smooth(curve[key])
             x = np.arange(WINDOW, WINDOW + len(means))
-            front = 1 if name.endswith("weights") else 2
+            front = 2 if name in list(RUNS)[:2] else 1
             axis.plot(x, means, color=COLOURS[name], label=name, lw=1 + front / 4, zorder=front)
             if name == next(iter(RUNS)):
                 low, high = means - found["band"], means + found["band"]
@@ -267,7 +291,7 @@ def chart(run: dict[str, Any], curves: dict[str, Curves], path: Path) -> None:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -24,24 +24,43 @@ def arguments(folder, *more: str) -> list[str]:
     return [str(folder), *small, "--out", str(folder / "out"), *more]
 
 
-def test_three_runs_and_a_verdict(folder, monkeypatch):
+def test_four_runs_and_a_verdict(folder, monkeypatch):
     monkeypatch.setattr(compare, "WINDOW", 4)
     code = compare.main(arguments(folder))
     (path,) = (folder / "out").glob("*.json")
     run = json.loads(path.read_text(encoding="utf-8"))
     assert str(folder.parent) not in run["command"], "no paths of this machine"
     losses = {name: found["losses"] for name, found in run["runs"].items()}
-    first, fast, other = (losses[name] for name in compare.RUNS)
+    first, fast, other, order = (losses[name] for name in compare.RUNS)
     assert all(len(curve) == 8 for found in losses.values() for curve in found.values())
     # the same weights and crops, rounded to eight bits; other weights are something else
     assert fast["cycle"][0] == pytest.approx(first["cycle"][0], rel=0.02)
     assert fast != first and other["cycle"][0] != pytest.approx(first["cycle"][0], rel=1e-4)
+    # float32 in another order: nearly the same numbers, and not the same
+    assert order["cycle"] == pytest.approx(first["cycle"], rel=0.02) and order != first
     assert code == int(not all(found["inside"] for found in run["verdict"].values()))
     text = path.with_suffix(".md").read_text(encoding="utf-8")
     assert all(f"| {key} |" in text for key in compare.LOSSES)
     for picture in (path.with_suffix(".png"), path.with_name(path.stem + "_samples.png")):
         with Image.open(picture) as image:
             assert len(image.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_what_a_cut_off_run_has_is_not_trained_again(folder, monkeypatch):
+    monkeypatch.setattr(compare, "WINDOW", 4)
+    compare.main(arguments(folder))
+    (path,) = (folder / "out").glob("*.json")
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    cut = {**whole, "runs": {k: v for k, v in whole["runs"].items() if not k.endswith("order")}}
+    path.write_text(json.dumps(cut), encoding="utf-8")
+    trained = []
+    train = compare.train
+    monkeypatch.setattr(compare, "train", lambda *given: trained.append(given[-1]) or train(*given))
+    compare.main(arguments(folder, "--resume", str(path)))
+    again = json.loads(path.read_text(encoding="utf-8"))
+    assert trained == ["eager fp32, other order"] and again["verdict"] == whole["verdict"]
+    with pytest.raises(SystemExit):
+        compare.main(arguments(folder, "--resume", str(path), "--steps", "9"))
 
 
 def curves(offset: float) -> dict[str, list[float]]:
@@ -51,7 +70,7 @@ def curves(offset: float) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize(("offset", "inside"), [(0.1, True), (-0.19, True), (0.21, False), (np.nan, False)])
 def test_the_band_is_as_wide_as_other_weights_come_away(offset, inside):
-    verdict = compare.judge(dict(zip(compare.RUNS, (curves(0), curves(offset), curves(0.2)))))
+    verdict = compare.judge(dict(zip(compare.RUNS, (curves(0), curves(offset), curves(0.2), curves(0)))))
     assert all(found["inside"] is inside for found in verdict.values())
     assert verdict["cycle"]["band"] == pytest.approx(0.2)
 
@@ -59,7 +78,7 @@ def test_the_band_is_as_wide_as_other_weights_come_away(offset, inside):
 def test_one_loss_that_leaves_its_band_for_a_while_is_enough():
     fast = curves(0.0)
     fast["D_B"][94:98] = [5.0] * 4
-    verdict = compare.judge(dict(zip(compare.RUNS, (curves(0), fast, curves(0.2)))))
+    verdict = compare.judge(dict(zip(compare.RUNS, (curves(0), fast, curves(0.2), curves(0)))))
     assert [key for key, found in verdict.items() if not found["inside"]] == ["D_B"]
     assert verdict["D_B"]["at_step"] == 98
 
