@@ -37,9 +37,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks._machine import describe, free_name  # noqa: E402
 from fastgan import tiling  # noqa: E402
+from fastgan.inference import load_generator  # noqa: E402
 from fastgan.layers import place  # noqa: E402
 from fastgan.models import ResnetGenerator, init_weights  # noqa: E402
-from fastgan.translate import load_generator  # noqa: E402
 
 OVERLAP = 64  # pixels by which naive tiles overlap their neighbours on each side
 # "contiguous" is the whole image in torch's other layout: on a CPU its statistics of large planes are the

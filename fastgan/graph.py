@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Between = Callable[[], None]  # what ranks do between two pieces of a step
+Between = Callable[[], object]  # what ranks do between two pieces of a step
 
 
 class Report(NamedTuple):

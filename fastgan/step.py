@@ -384,7 +384,7 @@ class Step:
             return self.pools[key].exchange(images, plan)
         # every rank keeps the whole pool, as one process with all the images would
         everyone = images.new_empty((ranks.size * count, *images.shape[1:]))
-        yield lambda: (everyone.copy_(ranks.gather(images)), None)[1]
+        yield lambda: everyone.copy_(ranks.gather(images))
         chosen = self.pools[key].exchange(everyone, plan)
         return chosen[ranks.rank * count : (ranks.rank + 1) * count]
 
@@ -404,9 +404,10 @@ class Step:
         spread = {k: batch[k].float().std(0).mean().clamp_min(1e-6) for k in fakes}
         return {f"diversity_{k}": v.detach().float().std(0).mean() / spread[k] for k, v in fakes.items()}
 
-    def refresh(self, groups: Sequence[str] = ("G", "D")) -> None:
-        """To be called after something else than an update has changed the parameters of a group."""
-        for optimizer in map(self.optimizers.get, groups):
+    def refresh(self, *groups: str) -> None:
+        """To be called after something else than an update has changed parameters: of the generators (G), of
+        the discriminators (D); of all of them where none are named."""
+        for optimizer in (self.optimizers[group] for group in groups or self.members):
             if isinstance(optimizer, Adam):
                 optimizer.refresh()
 

@@ -301,7 +301,6 @@ class Trainer:
         with together(self.ranks):
             if self.rank == 0:
                 monitor = self._monitor()
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         with together(self.ranks):
             feed = open_feed(
                 self.data, c.batch_size, seed=c.seed, device=self.device, output_range=c.output,
@@ -309,6 +308,7 @@ class Trainer:
             )  # fmt: skip
         if isinstance(feed, Resident):
             self.step.expand = feed.batch
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self._loop(monitor, feed)
         finally:

@@ -7,130 +7,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import torch
 import tyro
-from torch import nn
 from tqdm import tqdm
 
-from fastgan import checkpoint, tiling
+from fastgan import tiling
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import UsageError, fail, parse
-from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_tensor
-from fastgan.data.images import DataError, list_images, read_images, type_range, write_image
-from fastgan.device import pick_device, pick_precision
-from fastgan.layers import place
-from fastgan.memory import free_bytes
-from fastgan.models import missing_pixels, translate_any_size
-
-
-@dataclass(frozen=True)
-class Generator:
-    """A trained generator with what its images mean; call it with an array of one image.
-
-    net: the network in evaluation mode. channels, ranges, dtypes: of the input and of the output domain as
-    trained; output: "tanh" or "sigmoid". name: where it came from.
-    """
-
-    net: nn.Module
-    channels: tuple[int, int]
-    ranges: tuple[tuple[float, float], tuple[float, float]]
-    dtypes: tuple[np.dtype[Any], np.dtype[Any]]
-    output: OutputRange
-    device: torch.device
-    autocast: torch.dtype | None
-    name: str
-
-    @torch.inference_mode()
-    def __call__(
-        self, image: np.ndarray, *, tile: int | Literal["auto"] | None = None, folder: Path | None = None
-    ) -> np.ndarray:
-        """Translate one image.
-
-        Args:
-            image: (H, W, C) uint8, uint16 or float32, any size; grey and RGB are converted to the trained
-                channels.
-            tile: side in pixels of the tiles in which the network runs, with the result of the whole image,
-                see `fastgan.tiling`; "auto": by the free memory; None: the whole image at once.
-            folder: of the temporary files that tiles need; default: the system's.
-
-        Returns:
-            (H, W, C of the output domain). An image of the type it was trained on gives the type and values
-            of the output domain; any other type is taken at its full range and returned as it came.
-
-        Raises:
-            DataError: channels that do not fit, or a disk that is too small for the temporary files.
-            UsageError: a tile that cannot be, or a network that cannot run in tiles.
-        """
-        own = image.dtype == self.dtypes[0]
-        range_in = self.ranges[0] if own else type_range(image.dtype)
-        range_out, dtype_out = (self.ranges[1], self.dtypes[1]) if own else (range_in, image.dtype)
-        fitting = match_channels(image, self.channels[0])
-        if fitting is None:
-            have, want = image.shape[2], self.channels[0]
-            raise DataError(f"the image has {have} channels, {self.name} was trained on {want}")
-        if tile == "auto":
-            tile = tiling.pick_tile(self.net, image.shape[:2], free_bytes(self.device))
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            if tile is not None:
-                return self._in_tiles(fitting, tile, folder, range_in, range_out, dtype_out)
-            x = to_tensor(fitting[None], range_in, device=self.device, output_range=self.output, clamp=True)
-            y = translate_any_size(self.net, x)
-        return from_tensor(y, range_out, dtype_out, output_range=self.output)[0]
-
-    def _in_tiles(
-        self,
-        image: np.ndarray,
-        tile: int,
-        folder: Path | None,
-        range_in: tuple[float, float],
-        range_out: tuple[float, float],
-        dtype_out: np.dtype[Any],
-    ) -> np.ndarray:
-        h, w = image.shape[:2]
-        bottom, right, mode = missing_pixels(self.net, h, w)
-        padded = np.pad(image, ((0, bottom), (0, right), (0, 0)), "reflect" if mode == "reflect" else "edge")
-        out = np.empty((h, w, self.channels[1]), dtype_out)
-
-        def read(box: tiling.Box) -> torch.Tensor:
-            part = padded[None, box.top : box.bottom, box.left : box.right]
-            return to_tensor(part, range_in, device=self.device, output_range=self.output, clamp=True)
-
-        def write(box: tiling.Box, y: torch.Tensor) -> None:
-            place = out[box.top : box.bottom, box.left : box.right]
-            part = from_tensor(y, range_out, dtype_out, output_range=self.output)[0]
-            place[...] = part[: place.shape[0], : place.shape[1]]
-
-        show = sys.stderr.isatty()
-        tiling.run_tiles(self.net, read, write, padded.shape[:2], tile, folder=folder, progress=show)
-        return out
-
-
-def load_generator(
-    path: Path | str,
-    direction: Literal["AtoB", "BtoA"] | None = None,
-    *,
-    label: Sequence[float] | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-) -> Generator:
-    """A generator ready to translate images.
-
-    Args:
-        path, direction, label: see `fastgan.checkpoint.load_generator`.
-        device, precision: as in training.
-
-    Raises:
-        CheckpointError, UsageError: nothing there, not a generator, or a direction that was not trained.
-    """
-    found = checkpoint.load_generator(path, direction, label)
-    where = pick_device(device)
-    return Generator(
-        place(found.net, where), found.channels, found.ranges, found.dtypes, found.output, where,
-        pick_precision(precision, where), str(found.path),
-    )  # fmt: skip
+from fastgan.data.images import DataError, list_images, read_images, write_image
+from fastgan.inference import Generator, load_generator
 
 
 def translate(

@@ -53,10 +53,10 @@ MAY_IMPORT = {
     },
     "train": {*LEAVES, "parallel", "recipes", "trainer"},
     "tiling": {"config", "layers", "stack"},
-    "translate": {"device", *LEAVES, "layers", "memory", "models", "recipes", "tiling", "trainer"},
+    "inference": {"checkpoint", "data", "device", "layers", "memory", "models", "tiling"},
+    "translate": {*LEAVES, "inference", "tiling"},
     "evaluate": {"device", *LEAVES, "models", "recipes", "trainer"},
     "export": {*LEAVES, "models"},
-    "inference": {"data", "translate"},
 }
 
 

@@ -13,9 +13,9 @@ from benchmarks.tiling import steps
 from fastgan import tiling, translate
 from fastgan.config import UsageError
 from fastgan.data.images import read_images
+from fastgan.inference import Generator, load_generator
 from fastgan.models import ResnetGenerator, UnetGenerator, init_weights
 from fastgan.models.resnet import ResnetBlock
-from fastgan.translate import Generator, load_generator
 
 # float32 sums in another order; the statistics of a plane differ in the last bits
 CLOSE = {"rtol": 0, "atol": 3e-5}

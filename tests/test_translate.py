@@ -11,8 +11,8 @@ from fastgan import train, translate
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import UsageError
 from fastgan.data.images import DataError, read_images, write_image
+from fastgan.inference import load_generator
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator, translate_any_size
-from fastgan.translate import load_generator
 
 NOISE = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
 
