@@ -317,6 +317,8 @@ def load_generator(
     path: Path | str,
     direction: Literal["AtoB", "BtoA"] | None = None,
     label: Sequence[float] | None = None,
+    *,
+    dropout: bool = False,
 ) -> Loaded:
     """A generator from a run or checkpoint folder, ours or the original release's, or from one file.
 
@@ -326,6 +328,7 @@ def load_generator(
             depth, dropout and channels are read off keys and shapes.
         direction: in terms of the data folder; default is the direction of training.
         label: one number per label, for StarGAN alone.
+        dropout: a U-Net whose file does not say whether it has dropout, which has no weights, gets it.
 
     Raises:
         CheckpointError: nothing there, pickled objects, or not a generator.
@@ -349,6 +352,8 @@ def load_generator(
         raise UsageError(f"{file} is the other way: give its folder for --direction {direction}")
     # what leaves no trace in the weights comes from the header
     extra = {"resnet": ("output", "padding"), "stargan": ()}.get(found["network"], ("output", "dropout"))
+    if dropout and "dropout" in extra:
+        found["dropout"] = True
     net = build(found | {key: settings[key] for key in extra if key in settings})
     load_into(net, weights, str(file))
     weights = {key: weights[key] for key in net.state_dict() if key in weights}

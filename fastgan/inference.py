@@ -15,14 +15,17 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fastgan import checkpoint, tiling
+from fastgan.config import UsageError
 from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_tensor
-from fastgan.data.images import DataError, type_range
+from fastgan.data.images import DataError, Pages, type_range
 from fastgan.device import pick_device, pick_precision
 from fastgan.layers import place
-from fastgan.memory import free_bytes
+from fastgan.memory import GB, free_bytes, translation_bytes
 from fastgan.models import missing_pixels, translate_any_size
+from fastgan.parallel import Ranks
 
-Picture = TypeVar("Picture", Image.Image, np.ndarray, Tensor)
+SMALLER = "give a smaller image, or --tile for a network that can run in tiles"
+Kind = TypeVar("Kind", Image.Image, np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Generator:
     """A trained generator with what its images mean; call it with an array of one image.
 
     net: the network in evaluation mode. channels, ranges, dtypes: of the input and of the output domain as
-    trained; output: "tanh" or "sigmoid". name: where it came from.
+    trained; output: "tanh" or "sigmoid". name: the file it came from. pages: what the pages of a file were in
+    training. random: whether every call gives another result. batch_norm_of_others: whether the file is not
+    of fastgan and has batch norm, which upstream leaves in training mode.
     """
 
     net: nn.Module
@@ -41,10 +46,18 @@ class Generator:
     device: torch.device
     autocast: torch.dtype | None
     name: str
+    pages: Pages = "images"
+    random: bool = False
+    batch_norm_of_others: bool = False
 
     @torch.inference_mode()
     def __call__(
-        self, image: np.ndarray, *, tile: int | Literal["auto"] | None = None, folder: Path | None = None
+        self,
+        image: np.ndarray,
+        *,
+        tile: int | Literal["auto"] | None = None,
+        folder: Path | None = None,
+        dtype: np.dtype[Any] | type | None = None,
     ) -> np.ndarray:
         """Translate one image.
 
@@ -54,30 +67,61 @@ class Generator:
             tile: side in pixels of the tiles in which the network runs, with the result of the whole image,
                 see `fastgan.tiling`; "auto": by the free memory; None: the whole image at once.
             folder: of the temporary files that tiles need; default: the system's.
+            dtype: of the result, at the full range of the type: uint8, uint16 or float32 (0..1).
 
         Returns:
             (H, W, C of the output domain). An image of the type it was trained on gives the type and values
             of the output domain; any other type is taken at its full range and returned as it came.
 
         Raises:
-            DataError: channels that do not fit, or a disk that is too small for the temporary files.
+            DataError: channels that do not fit, or too little memory, or a disk that is too small for the
+                temporary files.
             UsageError: a tile that cannot be, or a network that cannot run in tiles.
         """
         own = image.dtype == self.dtypes[0]
         range_in = self.ranges[0] if own else type_range(image.dtype)
         range_out, dtype_out = (self.ranges[1], self.dtypes[1]) if own else (range_in, image.dtype)
+        if dtype is not None and np.dtype(dtype) != dtype_out:
+            range_out, dtype_out = type_range(dtype), np.dtype(dtype)
         fitting = match_channels(image, self.channels[0])
         if fitting is None:
             have, want = image.shape[2], self.channels[0]
             raise DataError(f"the image has {have} channels, {self.name} was trained on {want}")
         if tile == "auto":
-            tile = tiling.pick_tile(self.net, image.shape[:2], free_bytes(self.device))
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            if tile is not None:
-                return self._in_tiles(fitting, tile, folder, range_in, range_out, dtype_out)
-            x = to_tensor(fitting[None], range_in, device=self.device, output_range=self.output, clamp=True)
-            y = translate_any_size(self.net, x)
-        return from_tensor(y, range_out, dtype_out, output_range=self.output)[0]
+            tile = self._fitting_tile(image.shape[:2])
+        try:
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                if tile is not None:
+                    return self._in_tiles(fitting, tile, folder, range_in, range_out, dtype_out)
+                x = to_tensor(
+                    fitting[None], range_in, device=self.device, output_range=self.output, clamp=True
+                )
+                y = translate_any_size(self.net, x)
+            return from_tensor(y, range_out, dtype_out, output_range=self.output)[0]
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+                raise
+            raise DataError(
+                f"{image.shape[1]}x{image.shape[0]} pixels need more memory than {self.device} has: {SMALLER}"
+            ) from error
+
+    def _fitting_tile(self, size: tuple[int, int]) -> int | None:
+        """The tile for an image by the free memory, None for the whole image at once.
+
+        Raises:
+            DataError: the network cannot run in tiles, and the image is too large for it.
+        """
+        free = free_bytes(self.device)
+        tile = tiling.pick_tile(self.net, size, free)
+        # below that no machine is too small; a GPU says itself that it is full, a system just ends a process
+        if tile is None and free is not None and size[0] * size[1] > 2**21 and self.device.type == "cpu":
+            need = translation_bytes(self.net, (self.channels[0], *size), self.autocast)
+            if need > free:
+                raise DataError(
+                    f"{size[1]}x{size[0]} pixels need about {need / GB:.1f} GB of memory, "
+                    f"{free / GB:.1f} GB are free: {SMALLER}"
+                )
+        return tile
 
     def _in_tiles(
         self,
@@ -114,21 +158,40 @@ def load_generator(
     label: Sequence[float] | None = None,
     device: str = "auto",
     precision: str = "auto",
+    dropout_at_test: bool = False,
+    bn_stats: Literal["running", "batch"] = "running",
+    ranks: Ranks | None = None,
 ) -> Generator:
     """A generator ready to translate images.
 
     Args:
         path, direction, label: see `fastgan.checkpoint.load_generator`.
         device, precision: as in training.
+        dropout_at_test: dropout stays on, as in pix2pix's paper, and every call gives another result.
+        bn_stats: what batch norm normalises by: the statistics gathered in training, or those of the image.
+        ranks: the processes among which this one shares the GPUs of a machine.
 
     Raises:
-        CheckpointError, UsageError: nothing there, not a generator, or a direction that was not trained.
+        CheckpointError: nothing there, or not a generator.
+        UsageError: a direction that was not trained, or a network without dropout or batch norm.
     """
-    found = checkpoint.load_generator(path, direction, label)
-    where = pick_device(device)
+    found = checkpoint.load_generator(path, direction, label, dropout=dropout_at_test)
+    where = pick_device(device, ranks.local, ranks.local_size) if ranks else pick_device(device)
+    drops = [m for m in found.net.modules() if isinstance(m, nn.Dropout)]
+    norms = [m for m in found.net.modules() if isinstance(m, nn.BatchNorm2d)]
+    if dropout_at_test and not drops:
+        raise UsageError(f"--dropout-at-test: the network of {found.path} has no dropout")
+    if bn_stats == "batch" and not norms:
+        raise UsageError(f"--bn-stats batch: the network of {found.path} has no batch norm")
+    for layer in drops:
+        layer.train(dropout_at_test)
+    for norm in norms if bn_stats == "batch" else ():
+        norm.running_mean = norm.running_var = None
     return Generator(
         place(found.net, where), found.channels, found.ranges, found.dtypes, found.output, where,
         pick_precision(precision, where), str(found.path),
+        pages=found.about.get("settings", {}).get("pages", "images"), random=dropout_at_test,
+        batch_norm_of_others=not found.about and bool(norms),
     )  # fmt: skip
 
 
@@ -141,7 +204,7 @@ class Translator:
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
 
-    def __call__(self, image: Picture) -> Picture:
+    def __call__(self, image: Kind) -> Kind:
         """Translate an image of any size.
 
         Args:

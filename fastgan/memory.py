@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgan.config import UsageError
+from fastgan.models import translate_any_size
 from fastgan.recipes.base import Nets, Recipe
 from fastgan.stack import MEMORY
 from fastgan.step import Step
@@ -204,6 +205,16 @@ def _changes(
         yield flag, f"{size[1] >> k}{least}", recipe, (size[0] >> k, size[1] >> k)
     thin = dataclasses.replace(config, ngf=max(1, config.ngf // 2))
     yield "--ngf", f"{thin.ngf}{least}", type(recipe)(thin), size
+
+
+def translation_bytes(net: nn.Module, shape: tuple[int, int, int], autocast: torch.dtype | None) -> int:
+    """The most bytes that one image of (C, H, W) takes on its way through a generator on a CPU."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake.runs_kernels = False  # type: ignore[attr-defined]
+    mixed = torch.autocast("cpu", autocast, enabled=autocast is not None)
+    with fake, _Live() as live, torch.inference_mode(), mixed:
+        translate_any_size(net, torch.empty(1, *shape).to(memory_format=torch.channels_last))
+        return live.peak
 
 
 def free_bytes(device: torch.device) -> int | None:

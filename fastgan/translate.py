@@ -9,54 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
-from tqdm import tqdm
 
-from fastgan import tiling
+from fastgan import files
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import UsageError, fail, parse
-from fastgan.data.images import DataError, list_images, read_images, write_image
+from fastgan.data.images import DataError
+from fastgan.files import Output, Report
 from fastgan.inference import Generator, load_generator
+from fastgan.parallel import LostRank, Ranks
 
 
-def translate(
-    generator: Generator, source: Path, target: Path, *, tile: int | Literal["auto"] | None = None
-) -> list[str]:
-    """Translate a file or every image below a folder, keeping names; returns a line for each file that could
-    not be. tile: as `Generator` takes it; the temporary files lie beside the result.
-
-    Raises:
-        DataError: nothing to translate, or the target would overwrite the source.
-        UsageError: a tile that cannot be, or a network that cannot run in tiles.
-    """
-    if isinstance(tile, int):
-        # before anything is read or made
-        tiling.check_tile(tile, int(getattr(generator.net, "multiple", 1)))
-        tiling.stages(generator.net)
-    if not source.exists():
-        raise DataError(f"{source} does not exist")
-    files = [source] if source.is_file() else list_images(source)
-    if not files:
-        raise DataError(f"{source} holds no images")
-    as_file = source.is_file() and bool(target.suffix) and not target.is_dir()
-    bad = []
-    for file in tqdm(files, unit="img", disable=len(files) == 1 or not sys.stderr.isatty()):
-        goal = target if as_file else target / (file.name if source.is_file() else file.relative_to(source))
-        if goal.resolve() == file.resolve():
-            raise DataError(f"{goal} would overwrite its source: choose another OUTPUT")
-        try:
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            images = read_images(file)
-            for k, image in enumerate(images):
-                page = goal if len(images) == 1 else goal.with_name(f"{goal.stem}_page{k:03d}{goal.suffix}")
-                write_image(page, generator(image, tile=tile, folder=goal.parent))
-        except (DataError, OSError) as error:
-            bad.append(str(error) if str(file) in str(error) else f"{file}: {error}")
-    return bad
-
-
-@dataclass(frozen=True)
-class Arguments:
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Output):
     """What `python -m fastgan.translate` takes."""
 
     run: tyro.conf.Positional[Path]  # run folder, checkpoint folder, .safetensors, .pth or .ckpt
@@ -64,23 +30,83 @@ class Arguments:
     output: tyro.conf.Positional[Path]  # image or folder
     direction: Literal["AtoB", "BtoA"] | None = None  # in terms of the data folder; default: as trained
     label: tuple[float, ...] | None = None  # one number per label, for StarGAN
+    dropout_at_test: bool = False  # dropout stays on: another result from every --seed
+    bn_stats: Literal["running", "batch"] | None = None  # batch norm: statistics of training, or of the image
     device: str = "auto"  # cuda, cuda:1, mps, cpu
     precision: Literal["auto", "bf16", "fp32", "tf32"] = "auto"  # auto: bf16 where the hardware has it
-    tile: int | Literal["auto"] | None = None  # side in pixels of the tiles of a large image; auto: by memory
+
+
+def translate(
+    generator: Generator, source: Path, target: Path, how: Output | None = None, ranks: Ranks | None = None
+) -> Report:
+    """Translate a file or every image below a folder, keeping names; of several ranks each does its share.
+
+    Raises:
+        DataError: nothing to translate, or the target would overwrite the source.
+        UsageError: settings that cannot be had from this generator.
+    """
+    how = how or Output()
+    # before anything is read or made
+    files.check(generator, how)
+    jobs = files.plan(source, target, how)
+    mine = jobs[ranks.rank :: ranks.size] if ranks else jobs
+    show = len(jobs) > 1 and sys.stderr.isatty() and (ranks is None or ranks.first)
+    return files.translate_files(generator, mine, how, progress=show)
+
+
+def _together(report: Report, ranks: Ranks) -> Report:
+    """The report of all ranks: each ends with the same, since torchrun ends all when one fails."""
+    reports: list[Report] = ranks.collect(report)
+    return Report(
+        sum(each.done for each in reports),
+        sum(each.kept for each in reports),
+        [line for each in reports for line in each.bad],
+        set().union(*(each.notes for each in reports)),
+        max(each.seconds for each in reports),
+    )
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Translate; exit code 0, or 2 with one line about what could not be done."""
+    """Translate; exit code 0, 2 with one line about what could not be done, or 130 after Ctrl-C."""
+    ranks = None
     try:
         given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.translate")
+        ranks = Ranks.start()
+        if ranks:
+            # processes share the cores; each computes its own images
+            torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_size))
         generator = load_generator(
-            given.run, given.direction, label=given.label, device=given.device, precision=given.precision
-        )
-        bad = translate(generator, given.input, given.output, tile=given.tile)
-    except (UsageError, DataError, CheckpointError) as error:
+            given.run, given.direction, label=given.label, device=given.device, precision=given.precision,
+            dropout_at_test=given.dropout_at_test, bn_stats=given.bn_stats or "running", ranks=ranks,
+        )  # fmt: skip
+        speaks = ranks is None or ranks.first
+        report = translate(generator, given.input, given.output, given, ranks)
+        report = _together(report, ranks) if ranks else report
+    except (UsageError, DataError, CheckpointError, LostRank) as error:
         fail(error)
-    if bad:
-        fail(bad[0] if len(bad) == 1 else f"{len(bad)} files could not be translated, the first: {bad[0]}")
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on with what is missing", 130)
+    count = report.done + report.kept + len(report.bad)
+    if speaks:
+        if generator.batch_norm_of_others and given.bn_stats is None and not given.dropout_at_test:
+            report.notes.add(
+                "batch norm used the statistics of training, and no dropout; upstream's test.py without "
+                "--eval is --bn-stats batch --dropout-at-test"
+            )
+        for note in sorted(report.notes):
+            print(f"note: {note}", file=sys.stderr)
+        there = f"{report.kept} already there (--overwrite makes again)"
+        if count > 1:
+            speed = f"{report.seconds:.1f} s, {report.done / max(report.seconds, 1e-9):.2f} images/s"
+            done = f"{report.done} images to {given.output}" + (f" ({speed})" if report.done else "")
+            print("; ".join([done] + [there] * bool(report.kept)))
+        elif report.kept:
+            print(there)
+    if report.bad:
+        many = f"{len(report.bad)} of {count} files could not be translated, see above"
+        if ranks and not ranks.first:
+            raise SystemExit(2)
+        fail(report.bad[0] if count == 1 else many)
 
 
 if __name__ == "__main__":
