@@ -34,7 +34,7 @@ from fastgan.memory import fit
 from fastgan.models import translate_any_size
 from fastgan.models.patchgan import smallest_side
 from fastgan.monitor import Monitor, expected_balance, nonfinite
-from fastgan.parallel import Ranks, sync_batch_norm, together
+from fastgan.parallel import Ranks, together
 from fastgan.recipes.base import Recipe
 from fastgan.schedule import lr_factor
 from fastgan.stack import MEMORY
@@ -166,6 +166,8 @@ class Trainer:
         seed_everything(config.seed, deterministic=config.deterministic)
         nets = self.recipe.networks(*self.data.channels)
         if ranks:
+            from fastgan.sync_norm import sync_batch_norm  # brings torch's compiler
+
             for net in nets.values():
                 sync_batch_norm(net, ranks)
         autocast = pick_precision(config.precision, self.device)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastgan import checkpoint, train
 from fastgan.config import UsageError
 from fastgan.data.images import DataError
-from fastgan.parallel import Ranks, sync_batch_norm, together
+from fastgan.parallel import Ranks, together
+from fastgan.sync_norm import sync_batch_norm
 from fastgan.train import make_recipe
 from fastgan.trainer import Interrupted, Trainer
 

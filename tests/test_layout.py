@@ -1,10 +1,14 @@
 """The house rules that a tool can check: import direction, one name everywhere, file sizes, public names."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastgan
 from fastgan.recipes import RECIPES
@@ -27,6 +31,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "models"},
     "device": {"config"},
     "parallel": {"config"},
+    "sync_norm": {"parallel"},
     "layers": set(),
     "optim": set(),
     "dataflow": set(),
@@ -50,6 +55,7 @@ MAY_IMPORT = {
         "schedule",
         "stack",
         "step",
+        "sync_norm",
     },
     "train": {*LEAVES, "parallel", "recipes", "trainer"},
     "tiling": {"config", "layers", "stack"},
@@ -167,3 +173,19 @@ def test_readme_lists_every_flag() -> None:
         flag(f.name) for cls in RECIPES.values() for f in fields(cls.config_class) if flag(f.name) not in text
     }
     assert not missing
+
+
+def test_commands_start_without_torchs_compiler() -> None:
+    code = "import sys, fastgan.translate, fastgan.train; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
+def test_the_mark_of_a_constant_is_torchs() -> None:
+    from fastgan_kernels import _block_op
+
+    def constant() -> None: ...
+
+    marked = torch.compiler.assume_constant_result(constant)
+    assert vars(marked) == vars(_block_op._plain)

@@ -22,8 +22,9 @@ from fastgan.config import UsageError
 from fastgan.device import pick_device
 from fastgan.layers import Conv2d
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
-from fastgan.parallel import Ranks, SyncBatchNorm2d, sync_batch_norm
+from fastgan.parallel import Ranks
 from fastgan.stack import run_layers, set_memory
+from fastgan.sync_norm import SyncBatchNorm2d, sync_batch_norm
 from fastgan.train import make_recipe
 from fastgan.trainer import Trainer
 from tests import parallel_cases as cases

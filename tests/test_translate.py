@@ -10,7 +10,7 @@ from PIL import Image
 from fastgan import train, translate
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import UsageError
-from fastgan.data.images import DataError, read_images, write_image
+from fastgan.data.images import read_images, write_image
 from fastgan.inference import load_generator
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator, translate_any_size
 
@@ -20,7 +20,8 @@ NOISE = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("translate")
-    tiny = "--ngf 4 --ndf 4 --device cpu --steps 2 --precision fp32".split() + ["--runs", str(folder)]
+    small = ["--ngf", "4", "--ndf", "4", "--steps", "2"]
+    tiny = [*small, "--device", "cpu", "--precision", "fp32", "--runs", str(folder)]
     train.main(["cyclegan", *tiny, "--blocks", "1", "--name", "c", "--ema", "0.5", "--batch-size", "2"])
     train.main(["pix2pix", *tiny, "--levels", "3", "--name", "p", "--batch-size", "2"])
     train.main(["pix2pix", *tiny, "--levels", "3", "--name", "q", "--batch-size", "2", "--direction", "BtoA"])

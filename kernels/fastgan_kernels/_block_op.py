@@ -215,7 +215,6 @@ class _Shape(NamedTuple):
     dtype: str
 
 
-@torch.compiler.assume_constant_result
 def _plain(key: tuple[Any, ...], device: torch.device) -> bool:
     """Whether cuDNN takes a convolution (key: a _Shape): where ours has no tensor-core form of the type,
     where it was measured to be faster, and where nothing may be measured."""
@@ -227,6 +226,10 @@ def _plain(key: tuple[Any, ...], device: torch.device) -> bool:
     if shape.dtype == "float64" or (shape.dtype == "float32" and not torch.backends.cudnn.allow_tf32):
         return True
     return choose("conv", shape, ("cudnn", "triton"), _trial(shape, device), device) == "cudnn"
+
+
+# what torch.compiler.assume_constant_result does, without importing the compiler: two seconds at every start
+_plain._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _implementations(x: Tensor, layers: Sequence[Layer], weights: Sequence[Tensor]) -> list[Layer]:
