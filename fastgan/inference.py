@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastgan import checkpoint, tiling
 from fastgan.config import UsageError
 from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_tensor
+from fastgan.data.colour import cmyk_to_srgb, to_srgb
 from fastgan.data.images import DataError, Pages, type_range
 from fastgan.device import pick_device, pick_precision
 from fastgan.layers import place
@@ -208,11 +209,11 @@ class Translator:
         """Translate an image of any size.
 
         Args:
-            image: a PIL image: upright by its EXIF, palettes become RGB, alpha is kept aside. Or an array
-                (H, W), (H, W, C) or (N, H, W, C), or a tensor (C, H, W) or (N, C, H, W) on any device: uint8,
-                uint16 or floating. Grey and RGB become the trained channels. Values of the type that the
-                generator was trained on are in its range; others are in 0..255, 0..65535, or 0..1 for
-                floating, of tensors too.
+            image: a PIL image: upright by its EXIF, palettes become RGB, colours of another ICC profile sRGB,
+                alpha is kept aside. Or an array (H, W), (H, W, C) or (N, H, W, C), or a tensor (C, H, W) or
+                (N, C, H, W) on any device: uint8, uint16 or floating. Grey and RGB become the trained
+                channels. Values of the type that the generator was trained on are in its range; others are
+                in 0..255, 0..65535, or 0..1 for floating, of tensors too.
 
         Returns:
             The same kind and size; the type is that of the output domain where the image has that of the
@@ -257,24 +258,31 @@ class Translator:
 
     def _pillow(self, image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
-        alpha = None
+        profile, alpha = image.info.get("icc_profile"), None
         if image.mode == "P":
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         if image.mode in ("RGBA", "LA"):
             alpha = image.getchannel("A")
             image = image.convert(image.mode[:-1])
-        if image.mode not in ("L", "RGB", "F", "I;16"):
-            # 1, CMYK, YCbCr and others
-            image = image.convert("L" if image.mode == "1" else "RGB")
-        y = self._array(np.asarray(image))
-        y = y[..., 0] if y.ndim == 3 and y.shape[-1] == 1 else y
-        if not (y.ndim == 2 or (y.dtype == np.uint8 and y.shape[-1] == 3)):
+        if image.mode == "CMYK":
+            x, profile = cmyk_to_srgb(image, profile)
+        else:
+            if image.mode not in ("L", "RGB", "F", "I;16"):
+                # 1, YCbCr and others
+                image = image.convert("L" if image.mode == "1" else "RGB")
+            x = np.asarray(image)
+        x, profile = to_srgb(x[..., None] if x.ndim == 2 else x, profile)
+        y = self._array(x)
+        if not (y.shape[-1] == 1 or (y.dtype == np.uint8 and y.shape[-1] == 3)):
             raise DataError(
                 f"a PIL image cannot hold {y.shape[-1]} channels of {y.dtype}: give the image as an array"
             )
-        result = Image.fromarray(y)
+        result = Image.fromarray(y[..., 0] if y.shape[-1] == 1 else y)
         if alpha is not None:
             result.putalpha(alpha)
+        if profile is not None and y.shape == x.shape:
+            # Pillow writes it into the files that can hold one
+            result.info["icc_profile"] = profile
         return result
 
 

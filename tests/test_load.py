@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
@@ -242,6 +243,23 @@ def test_pillow_modes(translate: fastgan.inference.Translator) -> None:
     assert np.array_equal(np.asarray(translate(turned)), y)
     with pytest.raises(DataError, match="cannot hold 3 channels of uint16"):
         translate(Image.fromarray(NOISE[..., 0].astype(np.uint16)))
+
+
+def test_profiles_of_pillow_images(translate: fastgan.inference.Translator) -> None:
+    adobe, srgb = (bytes(imagecodecs.cms_profile(name)) for name in ("adobergb", "srgb"))
+    image = Image.fromarray(NOISE)
+    plain = np.asarray(translate(image))
+    image.info["icc_profile"] = srgb
+    assert np.array_equal(np.asarray(translate(image)), plain)
+    image.info["icc_profile"] = adobe
+    out = translate(image)
+    converted = imagecodecs.cms_transform(
+        NOISE, adobe, srgb, colorspace="rgb", outcolorspace="rgb", intent=1, flags=0x2000
+    )
+    assert np.array_equal(np.asarray(out), translate(converted)) and not np.array_equal(
+        np.asarray(out), plain
+    )
+    assert out.info["icc_profile"] == srgb
 
 
 def test_grey_stays_grey(tmp_path: Path) -> None:
