@@ -16,8 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgan import gallery
-from fastgan.gallery import save_grid, write_page
+from fastgan.gallery import curves, grid, pictures, save_grid, write_page
 
 
 def pixels(path):
@@ -29,14 +28,14 @@ def pixels(path):
 def cells(image, columns, rows, size):
     """The grid's cells as [row][column] arrays, found from its lower right corner."""
     width, height = size
-    right, bottom = image.shape[1] - gallery.MARGIN, image.shape[0] - gallery.MARGIN
-    pitch = max(width, gallery.PITCH_MIN)
+    right, bottom = image.shape[1] - grid.MARGIN, image.shape[0] - grid.MARGIN
+    pitch = max(width, grid.PITCH_MIN)
     out = []
     for row in range(rows):
-        y = bottom - (rows - row) * (height + gallery.GUTTER) + gallery.GUTTER
+        y = bottom - (rows - row) * (height + grid.GUTTER) + grid.GUTTER
         line = []
         for column in range(columns):
-            x = right - (columns - column) * (pitch + gallery.GUTTER) + gallery.GUTTER + (pitch - width) // 2
+            x = right - (columns - column) * (pitch + grid.GUTTER) + grid.GUTTER + (pitch - width) // 2
             line.append(image[y : y + height, x : x + width])
         out.append(line)
     return out
@@ -46,11 +45,11 @@ def test_small_images_are_crisp_and_exact(tmp_path):
     x = torch.rand(2, 1, 32, 32) * 2 - 1
     y = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
     save_grid(tmp_path / "deep" / "step_00000001.png", {"A": x, "G(A)": y}, title="step 1")
-    grid = cells(pixels(tmp_path / "deep" / "step_00000001.png"), 2, 2, (96, 96))
+    found = cells(pixels(tmp_path / "deep" / "step_00000001.png"), 2, 2, (96, 96))
     for row in range(2):
         for column, batch in enumerate((x, y)):
             want = ((batch[row].expand(3, -1, -1).double() + 1) * 127.5).round().permute(1, 2, 0).numpy()
-            got = grid[row][column]
+            got = found[row][column]
             # every pixel is a 3 x 3 block of one colour, at most one off where float32 sits on a half
             assert (got == got[1::3, 1::3].repeat(3, 0).repeat(3, 1)).all()
             assert abs(got[1::3, 1::3] - want).max() <= 1
@@ -98,14 +97,45 @@ def test_columns_may_differ(tmp_path):
     }
     columns["A"][:, 3:] = 1
     save_grid(tmp_path / "x.png", columns)
-    grid = cells(pixels(tmp_path / "x.png"), 3, 3, (128, 128))
-    assert (grid[2][0] == 128).all() and (grid[0][1] == 128).all()
-    assert (grid[1][2] == 255).all() and (grid[2][2] == 255).all() and (grid[1][1] == 255).all()
+    found = cells(pixels(tmp_path / "x.png"), 3, 3, (128, 128))
+    assert (found[2][0] == 128).all() and (found[0][1] == 128).all()
+    assert (found[1][2] == 255).all() and (found[2][2] == 255).all() and (found[1][1] == 255).all()
+
+
+def test_a_grid_says_where_its_cells_are(tmp_path):
+    columns = {
+        "A": torch.rand(3, 3, 32, 32),
+        "G(A)": torch.rand(2, 2, 48, 32),
+        "none": torch.zeros(0, 3, 8, 8),
+    }
+    save_grid(tmp_path / "x.png", columns, title="a heading")
+    image, about = pixels(tmp_path / "x.png"), json.loads(Image.open(tmp_path / "x.png").text["fastgan"])
+    assert [c[0] for c in about["columns"]] == ["A", "G(A) (mean of 2 channels)"]
+    for batch, (_, x, y, width, height, count) in zip(columns.values(), about["columns"]):
+        assert count == len(batch)
+        for row in range(count):
+            cell = image[y + row * about["pitch"] :][:height, x : x + width]
+            small = cell[:: height // batch.shape[2], :: width // batch.shape[3]]
+            want = (batch[row].mean(0) if batch.shape[1] == 2 else batch[row]).expand(3, -1, -1)
+            assert abs(small - (want + 1).mul(127.5).permute(1, 2, 0).numpy()).max() <= 0.51
+            assert (
+                cell == np.kron(small, np.ones((height // batch.shape[2], width // batch.shape[3], 1)))
+            ).all()
+
+
+def test_page_knows_the_cells(tmp_path):
+    for step in (5, 20):
+        save_grid(tmp_path / f"samples/step_{step:08d}.png", {"A": torch.zeros(1, 3, 96, 96)})
+    sample(tmp_path, 10)
+    page = Page(write_page(tmp_path, title="T", settings={}))
+    assert [int(i["data-step"]) for i in page.images()] == [5, 10, 20]
+    cells = {"columns": [["A", grid.MARGIN, 33, 96, 96, 1]], "pitch": 100}
+    assert page.data["grids"] == [{"step": 5, **cells}, None, {"step": 20, **cells}]
 
 
 def test_captions_are_honest():
     def caption(x):
-        return gallery._to_bytes("A", x, "tanh")[0]
+        return grid._to_bytes("A", x, "tanh")[0]
 
     assert caption(torch.zeros(1, 1, 4, 4)) == caption(torch.zeros(1, 3, 4, 4)) == "A"
     assert caption(torch.zeros(1, 2, 4, 4)) == "A (mean of 2 channels)"
@@ -119,11 +149,11 @@ def test_captions_stay_over_their_column(tmp_path):
     image = pixels(tmp_path / "x.png")
     ink = (image < 200).all(2)
     assert ink.sum() > 300
-    assert not ink[:, : gallery.MARGIN - 1].any() and not ink[:, -gallery.MARGIN + 1 :].any()
+    assert not ink[:, : grid.MARGIN - 1].any() and not ink[:, -grid.MARGIN + 1 :].any()
     # the long caption has lines of its own and leaves the gutter free below the title
-    below = gallery.MARGIN + 22 * 6
-    gutter = gallery.MARGIN + 96
-    assert not ink[below:, gutter + 1 : gutter + gallery.GUTTER - 1].any()
+    below = grid.MARGIN + 22 * 6
+    gutter = grid.MARGIN + 96
+    assert not ink[below:, gutter + 1 : gutter + grid.GUTTER - 1].any()
 
 
 def test_save_grid_refuses(tmp_path):
@@ -141,7 +171,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.text, self.charts, self._inside = [], "", None, None
+        self.tags, self.text, self.data, self._inside = [], "", None, None
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
@@ -156,7 +186,7 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         if isinstance(self._inside, dict):
             if self._inside.get("id") == "data":
-                self.charts = json.loads(data)
+                self.data = json.loads(data)
         elif self._inside != "style":
             self.text += data
 
@@ -165,7 +195,7 @@ class Page(html.parser.HTMLParser):
 
     def line(self, name):
         return next(
-            line["points"] for chart in self.charts for line in chart["lines"] if line["name"] == name
+            line["points"] for chart in self.data["charts"] for line in chart["lines"] if line["name"] == name
         )
 
 
@@ -194,11 +224,11 @@ def test_page_of_an_empty_run(tmp_path):
     path = write_page(tmp_path / "run", title="T", settings={})
     assert path == tmp_path / "run" / "index.html"
     page = Page(path)
-    assert page.charts == [] and page.images() == []
+    assert page.data["charts"] == [] and page.images() == []
     assert "No report has been logged yet" in page.text
     assert "{{" not in page.source
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1')
-    assert Page(write_page(tmp_path / "run", title="T", settings={})).charts == []
+    assert Page(write_page(tmp_path / "run", title="T", settings={})).data["charts"] == []
 
 
 def test_page_holds_the_logged_numbers(tmp_path):
@@ -216,17 +246,32 @@ def test_page_holds_the_logged_numbers(tmp_path):
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('not json\n[1, 2]\n{"step": 310, "G_A": 0.')
     page = Page(write_page(tmp_path, title="T", settings={}, state="running, step 300 of 900"))
-    assert [[line["name"] for line in chart["lines"]] for chart in page.charts] == [
+    assert [[line["name"] for line in chart["lines"]] for chart in page.data["charts"]] == [
         ["G_A"], ["D_A"], ["cycle_A"], ["D_A_real"], ["grad_G_A"], ["diversity_B"], ["lr_G"], ["fid"],
         ["img_per_s"],
     ]  # fmt: skip
     # 30 reports are smoothed over none of their neighbours
     assert page.line("G_A") == [[r["step"], r["G_A"], r["G_A"]] for r in records]
     assert page.line("cycle_A")[2] == [30, None, None]
-    assert [chart["levels"] for chart in page.charts] == [[], [0.25], *[[]] * 7]
-    assert [chart["log"] for chart in page.charts] == [False] * 4 + [True] + [False] * 4
+    assert [chart["levels"] for chart in page.data["charts"]] == [[], [0.25], *[[]] * 7]
+    assert [chart["log"] for chart in page.data["charts"]] == [False] * 4 + [True] + [False] * 4
     for text in ("running, step 300 of 900", "300", "30", "123", "0:01:15", "1.0 %"):
         assert text in page.text
+
+
+def test_measures_of_every_n_epochs_are_drawn(tmp_path):
+    records = [{"step": i, "G_A": 0.5} for i in range(1, 100)]
+    for i in (24, 49, 74):
+        records[i] |= {"eval/fid": 200 - i, "cycle_l1_A": 0.1, "cycle_l1_B": 0.2, "note": "x", "flag": True}
+    records.insert(50, {"step": 50, "psnr_db": 12})
+    log(tmp_path, records)
+    page = Page(write_page(tmp_path, title="T", settings={}))
+    assert [(chart["title"], [line["name"] for line in chart["lines"]]) for chart in page.data["charts"]] == [
+        ("eval/fid", ["eval/fid"]), ("Generators, adversarial", ["G_A"]),
+        ("cycle_l1", ["cycle_l1_A", "cycle_l1_B"]), ("psnr_db", ["psnr_db"]),
+    ]  # fmt: skip
+    assert page.line("eval/fid") == [[25, 176.0, 176.0], [50, 151.0, 151.0], [75, 126.0, 126.0]]
+    assert page.line("psnr_db") == [[50, 12.0, 12.0]]
 
 
 def test_long_curves_are_thinned_without_losing_spikes(tmp_path):
@@ -237,7 +282,7 @@ def test_long_curves_are_thinned_without_losing_spikes(tmp_path):
     log(tmp_path, records)
     page = Page(write_page(tmp_path, title="T", settings={}))
     points = page.line("G")
-    assert len(points) <= gallery.POINTS
+    assert len(points) <= curves.POINTS
     assert [3333, 99.0] in [p[:2] for p in points]
     assert [p[0] for p in points] == sorted({p[0] for p in points})
     assert all(value == round(records[step]["G"], 4) for step, value, _ in points if step != 777)
@@ -252,7 +297,7 @@ def test_page_escapes_everything(tmp_path):
     page = Page(write_page(tmp_path, title=evil, settings={evil: evil, "pair": (1, 2)}, state=evil))
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert page.images() == []
-    assert page.charts[0]["lines"] == [{"name": evil, "points": [[1, 1.0, 1.0]]}]
+    assert page.data["charts"][0]["lines"] == [{"name": evil, "points": [[1, 1.0, 1.0]]}]
     assert (
         page.text.count(evil) == 7
     )  # page title, heading, state, twice in the warning, setting and its value
@@ -294,8 +339,8 @@ def test_samples_are_chosen_evenly(tmp_path, count, shown):
     images = page.images()
     steps = [int(attrs["data-step"]) for attrs in images]
     earlier = steps[:-1]
-    assert steps[-1] == 100 * (count - 1) and len(steps) <= gallery.EARLIER + 1
-    assert len(steps) == shown if count < 100 else len(steps) >= gallery.EARLIER // 2
+    assert steps[-1] == 100 * (count - 1) and len(steps) <= pictures.EARLIER + 1
+    assert len(steps) == shown if count < 100 else len(steps) >= pictures.EARLIER // 2
     assert len(set(np.diff(earlier))) <= 1
     for attrs, step in zip(images, steps):
         picture = decode(attrs)
@@ -310,18 +355,18 @@ def test_samples_are_chosen_evenly(tmp_path, count, shown):
 
 def test_large_samples_are_reduced_and_the_page_stays_small(tmp_path, monkeypatch):
     # noise is the worst case: nothing compresses it
-    monkeypatch.setattr(gallery, "NEWEST_BYTES", 600_000)
+    monkeypatch.setattr(pictures, "NEWEST_BYTES", 600_000)
     for i in range(3):
         sample(tmp_path, i, (1000, 500), noise=True)
     page = Page(write_page(tmp_path, title="T", settings={}))
-    pictures = [decode(attrs) for attrs in page.images()]
-    assert [p.format for p in pictures] == ["JPEG"] * 3
-    assert all(len(attrs["src"]) < gallery.EARLIER_BYTES * 4 / 3 + 100 for attrs in page.images()[:-1])
+    copies = [decode(attrs) for attrs in page.images()]
+    assert [p.format for p in copies] == ["JPEG"] * 3
+    assert all(len(attrs["src"]) < pictures.EARLIER_BYTES * 4 / 3 + 100 for attrs in page.images()[:-1])
     assert len(page.images()[-1]["src"]) < 600_000 * 4 / 3 + 100
     # shown at the size of the original
     assert {(attrs["width"], attrs["height"]) for attrs in page.images()} == {("1000", "500")}
     assert "reduced" in page.text
-    worst = gallery.NEWEST_BYTES + gallery.EARLIER * gallery.EARLIER_BYTES
+    worst = pictures.NEWEST_BYTES + pictures.EARLIER * pictures.EARLIER_BYTES
     assert worst * 4 / 3 < 7.5e6
 
 

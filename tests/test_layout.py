@@ -72,6 +72,7 @@ MAY_IMPORT = {
     },
     "files": {"config", "data", "inference", "tiling"},
     "translate": {*LEAVES, "files", "inference", "parallel"},
+    "compare": {"config", "gallery"},
     "evaluate": {"device", *LEAVES, "models", "recipes", "trainer"},
     "export": {*LEAVES, "models"},
 }
