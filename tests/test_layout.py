@@ -27,6 +27,8 @@ LEAVES = {"checkpoint", "config", "data", "gallery", "losses", "metrics", "monit
 MAY_IMPORT = {
     "__init__": {"accelerate", "inference", "models", "recipes", "step"},
     **{leaf: set() for leaf in LEAVES},
+    # its command line
+    "data": {"config"},
     # a leaf but for the networks that it builds: no model imports it
     "checkpoint": {"config", "models"},
     "device": {"config"},
