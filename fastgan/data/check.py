@@ -13,7 +13,7 @@ import numpy as np
 
 from fastgan.data.folders import Layout, find_layout
 from fastgan.data.images import DataError, list_images
-from fastgan.data.look import Place, Seen, find_twins, look
+from fastgan.data.look import Place, Seen, Twins, find_twins, look
 from fastgan.data.store import in_order
 
 _CROP = 256  # the default --crop-size
@@ -181,7 +181,13 @@ def _layout_findings(
 
 def _twins(seen: list[Seen], paired: bool, has_layout: bool, name: Callable[[Place], str]) -> list[Finding]:
     kinds: dict[tuple[str, bool], list[tuple[Place, Place]]] = {}
-    for first, second, exact in find_twins(seen):
+    twins = find_twins(seen)
+    # label maps often look alike: two pairs are nearly the same only if both their halves are
+    halves = Counter(_pair_key(seen, twin) for twin in twins)
+    for twin in twins:
+        first, second, exact = twin
+        if paired and has_layout and not exact and halves[_pair_key(seen, twin)] < 2:
+            continue
         a, b = seen[first].place, seen[second].place
         train = [place.group in ("train A", "train B") for place in (a, b)]
         domains = [_domain(place.group) for place in (a, b)]
@@ -213,6 +219,12 @@ def _twins(seen: list[Seen], paired: bool, has_layout: bool, name: Callable[[Pla
         places = [place for pair in pairs[:8] for place in pair]
         found.append(Finding(exact and kind == "leak", what, advice, len(pairs), examples, places))
     return found
+
+
+def _pair_key(seen: list[Seen], twin: Twins) -> frozenset[tuple[str, str]]:
+    """What the twins in A and the twins in B of the same two pairs have in common."""
+    places = (seen[twin.first].place, seen[twin.second].place)
+    return frozenset((place.group.partition(" ")[0], place.path.stem) for place in places)
 
 
 def _pairs(root: Path, layout: Layout | None, paired: bool, seen: list[Seen]) -> list[Finding]:
@@ -290,7 +302,7 @@ def _contents(seen: list[Seen], groups: dict[str, list[Seen]], name: Callable[[P
     ]  # fmt: skip
     by_domain: dict[str, list[Seen]] = {}
     for group, images in groups.items():
-        by_domain.setdefault(_domain(group), []).extend(images)
+        by_domain.setdefault(_domain(group), []).extend(image for image in images if not image.flat)
     grey = {domain: [image for image in images if image.grey] for domain, images in by_domain.items()}
     every = {domain for domain in "AB" if domain in grey and len(grey[domain]) == len(by_domain[domain])}
     for domain, some in grey.items():

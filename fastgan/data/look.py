@@ -130,7 +130,7 @@ class Twins(NamedTuple):
     exact: bool
 
 
-def find_twins(seen: list[Seen], *, limit: int = 4, most: int = 10_000) -> list[Twins]:
+def find_twins(seen: list[Seen], *, limit: int = 6, most: int = 10_000) -> list[Twins]:
     """Find images that occur twice: pairs of numbers into seen, at most `most` pairs that are not exact.
 
     limit: number of the 63 signs in which near duplicates may differ; their 16x16 versions must agree, too.
