@@ -195,8 +195,9 @@ def test_edges_depend_neither_on_depth_nor_on_contrast() -> None:
     floats = eight.astype(np.float32)
     assert 100 < reference.sum() < 1000
     for image in (
-        eight.astype(np.uint16) * np.uint16(257), eight.astype(np.uint16) * np.uint16(16), floats, 100 * floats - 7,
-        eight.repeat(3, axis=2), eight.repeat(5, axis=2), (0.4 + floats / 5000).astype("f4"),
+        eight.astype(np.uint16) * np.uint16(257), eight.astype(np.uint16) * np.uint16(16), floats,
+        100 * floats - 7, eight.repeat(3, axis=2), eight.repeat(5, axis=2),
+        (0.4 + floats / 5000).astype(np.float32),
     ):  # fmt: skip
         # a threshold or a tie between two pixels may fall the other way by rounding
         assert (edge_map(image) != reference).sum() <= 0.05 * reference.sum()

@@ -5,6 +5,7 @@ Near duplicates are found by a perceptual hash: 63 signs of the lowest frequenci
 """
 
 import hashlib
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -135,14 +136,12 @@ def find_twins(seen: list[Seen], *, limit: int = 6, most: int = 10_000) -> list[
 
     limit: number of the 63 signs in which near duplicates may differ; their 16x16 versions must agree, too.
     """
-    first: dict[bytes, int] = {}
-    twins = []
+    copies: dict[bytes, list[int]] = {}
     for number, image in enumerate(seen):
-        original = first.setdefault(image.digest, number)
-        if original != number:
-            twins.append(Twins(original, number, True))
-    # a nearly even image has nothing to compare
-    numbers = [number for number in first.values() if not seen[number].flat]
+        copies.setdefault(image.digest, []).append(number)
+    twins = [Twins(same[0], number, True) for same in copies.values() for number in same[1:]]
+    # an even image has nothing to compare
+    numbers = [same[0] for same in copies.values() if not seen[same[0]].flat]
     if len(numbers) < 2:
         return twins
     signs = np.stack([seen[number].signs for number in numbers]).astype(np.float32)
@@ -151,8 +150,10 @@ def find_twins(seen: list[Seen], *, limit: int = 6, most: int = 10_000) -> list[
         near = signs[start : start + 1024] @ signs[start:].T >= signs.shape[1] - 2 * limit
         for i, j in np.argwhere(np.triu(near, 1)).tolist():
             a, b = numbers[start + i], numbers[start + j]
-            if _alike(seen[a].small, seen[b].small):
-                twins.append(Twins(min(a, b), max(a, b), False))
+            if not _alike(seen[a].small, seen[b].small):
+                continue
+            for x, y in product(copies[seen[a].digest], copies[seen[b].digest]):
+                twins.append(Twins(min(x, y), max(x, y), False))
                 most -= 1
                 if most <= 0:
                     return twins

@@ -81,7 +81,7 @@ def _fitted(
 ) -> str:
     """Leave out the middle of a text that is too long."""
     # the default font knows few letters
-    text = text.encode("latin-1", "replace").decode("latin-1")
+    text = text.encode("ascii", "replace").decode()
     kept = len(text)
     short = text
     while draw.textlength(short, font) > width and kept > 2:
