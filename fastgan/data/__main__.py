@@ -15,7 +15,7 @@ import tyro
 
 from fastgan.config import UsageError, fail, parse, write_text
 from fastgan.data import check as checking
-from fastgan.data.download import Expected, download
+from fastgan.data.download import Expected, download, file_sha256
 from fastgan.data.edges import Canny, make_edges
 from fastgan.data.folders import find_layout
 from fastgan.data.images import DataError
@@ -124,9 +124,12 @@ def run_download(words: Sequence[str]) -> int:
         print(f"{given.name}: {known.about} ({known.origin}). {TERMS}")
     # the address decides what the archive is called, its first bytes what it is
     archive = given.out / (given.name + ("".join(Path(urlsplit(url).path).suffixes[-2:]) or ".archive"))
-    if not archive.exists() or expected.sha256 is None:
+    record = given.out / f"{given.name}.json"
+    wanted = expected.sha256 or _recorded(record).get("sha256")
+    # one that was kept, or that arrived just before the power went
+    if not (archive.is_file() and wanted and file_sha256(archive) == wanted.lower()):
         digest = download(url, archive, expected, timeout=given.timeout, retries=given.retries)
-        _record(given.out / f"{given.name}.json", url, archive, digest, expected.sha256 is not None)
+        _record(record, url, archive, digest, expected.sha256 is not None)
     count, links = unpack(archive, folder)
     print(f"{folder}: {count:,} files" + (f"; {links} links were left out" if links else ""))
     if not given.keep_archive:
@@ -238,18 +241,20 @@ def _record(path: Path, url: str, archive: Path, digest: str, checked: bool) -> 
             f"{archive.name}: {size:,} bytes, SHA-256 {digest} (not published, so not checked; "
             f"kept in {path})"
         )
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["sha256"] != digest:
-            print(
-                f"note: this is another archive than on {before['date']} ({before['sha256']}, "
-                f"{before['size']:,} bytes)",
-                file=sys.stderr,
-            )
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the first time, or not our file
+    before = _recorded(path)
+    if before and before["sha256"] != digest:
+        print(f"note: on {before['date']} it was another archive, {before['sha256']}", file=sys.stderr)
     about = {"url": url, "size": size, "sha256": digest, "date": time.strftime("%Y-%m-%d")}
     write_text(path, json.dumps(about, indent=1) + "\n")
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    """What `_record` kept of an earlier download, or nothing."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return {key: str(about[key]) for key in ("sha256", "date")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _next_steps(folder: Path, kind: str) -> int:

@@ -84,7 +84,7 @@ def check(root: Path, *, progress: bool = False) -> Checked:
     findings = [
         *_bad_files(bad, root),
         *_layout_findings(root, layout, why, groups, jobs),
-        *_twins(seen, paired, layout is not None, name),
+        *_twins(seen, paired, layout, name),
         *_pairs(root, layout, paired, seen),
         *_types(groups, layout is not None),
         *_contents(seen, groups, name),
@@ -179,23 +179,25 @@ def _layout_findings(
     return found
 
 
-def _twins(seen: list[Seen], paired: bool, has_layout: bool, name: Callable[[Place], str]) -> list[Finding]:
+def _twins(
+    seen: list[Seen], paired: bool, layout: Layout | None, name: Callable[[Place], str]
+) -> list[Finding]:
     kinds: dict[tuple[str, bool], list[tuple[Place, Place]]] = {}
     twins = find_twins(seen)
     # label maps often look alike: two pairs are nearly the same only if both their halves are
     halves = Counter(_pair_key(seen, twin) for twin in twins)
     for twin in twins:
         first, second, exact = twin
-        if paired and has_layout and not exact and halves[_pair_key(seen, twin)] < 2:
+        if layout is not None and layout.side_by_side and not exact and halves[_pair_key(seen, twin)] < 2:
             continue
         a, b = seen[first].place, seen[second].place
         train = [place.group in ("train A", "train B") for place in (a, b)]
         domains = [_domain(place.group) for place in (a, b)]
         if paired and {*domains} == {"A", "B"}:
             continue  # A and B of a pair may look alike
-        if has_layout and train[0] != train[1]:
+        if layout is not None and train[0] != train[1]:
             kind = "leak"
-        elif has_layout and {*domains} == {"A", "B"}:
+        elif layout is not None and {*domains} == {"A", "B"}:
             kind = "domains"
         else:
             kind = "same"
@@ -255,7 +257,7 @@ def _pairs(root: Path, layout: Layout | None, paired: bool, seen: list[Seen]) ->
     if unlike:
         advice = "pix2pix refuses them; `python -m fastgan.data pair ... --resize A` makes them equal"
         examples = [_name(root, place) for place in unlike[:_EXAMPLES]]
-        found.append(Finding(True, "pairs of different size", advice, len(unlike), examples, unlike[:16]))
+        found.append(Finding(False, "pairs of different size", advice, len(unlike), examples, unlike[:16]))
     return found
 
 
@@ -342,7 +344,7 @@ def _shapes(seen: list[Seen], name: Callable[[Place], str], has_layout: bool) ->
 def table(checked: Checked) -> str:
     """Return the groups and the findings as text."""
     kind = checked.layout or "no training layout"
-    pairs = ", pairs" if checked.paired and checked.layout else ""
+    pairs = ", equal names in A and B" if checked.paired and checked.layout != "side by side" else ""
     lines = [f"{checked.root}: {kind}{pairs}", ""]
     rows = [("", "images", "width x height: smallest, median, largest", "types", "values")]
     for group, images in checked.groups.items():

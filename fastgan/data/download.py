@@ -97,7 +97,7 @@ def download(
                 pause = min(_LONGEST_WAIT, max(wait * 2 ** (failed - 1), error.wait))
                 print(f"{target.name}: {error}; again in {pause:.3g} s", file=sys.stderr)
                 time.sleep(pause)
-        digest = _sha256(part)
+        digest = file_sha256(part)
         if expected.sha256 is not None and digest != expected.sha256.lower():
             _forget(part, about)
             raise DataError(
@@ -237,7 +237,8 @@ def _forget(*paths: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
