@@ -2,8 +2,8 @@
 archives.
 
 Addresses: the download scripts of junyanz/pytorch-CycleGAN-and-pix2pix. Sizes and SHA-256 of the zip files:
-the checksum list of TensorFlow Datasets (url_checksums/cycle_gan.txt). None where no public source states
-them.
+the checksum list of TensorFlow Datasets (url_checksums/cycle_gan.txt); size of the facades pairs: what the
+server announces in published download logs. None where no public source states them.
 """
 
 from typing import Literal, NamedTuple
@@ -18,9 +18,7 @@ _FLICKR = "Flickr"
 _IMAGENET = "ImageNet"
 _CMP = "CMP Facades"
 _GOOGLE = "Google Maps"
-TERMS = (
-    "The archives carry no licence of their own: the terms of the images' origin apply, research use at most."
-)
+TERMS = "The archives carry no licence of their own: the terms of the images' origin apply."
 
 
 class PublicSet(NamedTuple):
