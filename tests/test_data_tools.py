@@ -203,6 +203,13 @@ def test_edges_depend_neither_on_depth_nor_on_contrast() -> None:
         assert (edge_map(image) != reference).sum() <= 0.05 * reference.sum()
 
 
+def test_edges_with_thresholds_of_ones_own() -> None:
+    # black and white of a float image are its smallest and largest value
+    for image in (square(0.0, 1.0), square(0.0, 1.0, "uint16"), 9 * square(0.0, 1.0, "float32") - 4):
+        assert edge_map(image, Canny(sigma=1, low=0.05, high=0.3)).any()
+        assert not edge_map(image, Canny(sigma=1, low=0.05, high=0.9)).any()
+
+
 @pytest.mark.parametrize("dtype, suffix", [("uint8", "png"), ("uint16", "png"), ("float32", "tif")])
 def test_edge_pairs_are_a_training_folder(tmp_path: Path, dtype: str, suffix: str) -> None:
     photo = square(dtype=dtype)
@@ -328,3 +335,35 @@ def test_near_duplicates(tmp_path: Path) -> None:
         seen += found
     pairs = {(paths[i].name, paths[j].name) for i, j, _ in find_twins(seen)}
     assert pairs == {("01.png", "a.jpg"), ("02.png", "b.png"), ("03.png", "c.png")}
+
+
+def test_near_duplicates_agree_in_hash_and_in_thumbnail(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    basis = np.cos(np.pi * np.outer(np.arange(8), np.arange(64) + 0.5) / 64)
+    signs = rng.permutation(np.repeat([-1.0, 1.0], 32)).reshape(8, 8)
+    signs[0, 0] = 0
+
+    def picture(waves: np.ndarray) -> np.ndarray:
+        plane = basis.T @ waves @ basis
+        return np.rint((plane - plane.min()) * (255 / np.ptp(plane))).astype(np.uint8)
+
+    # equal signs of other sizes; then a common slope under unlike details
+    slope = np.zeros((8, 8))
+    slope[1, 0] = 80
+    pairs = {
+        "signs": (
+            picture(signs * rng.uniform(0.2, 1, (8, 8))),
+            picture(signs * rng.uniform(0.2, 9, (8, 8)) ** 2),
+        ),
+        "slope": (picture(slope + signs), picture(slope - signs)),
+    }
+    for name, images in pairs.items():
+        seen = []
+        for number, image in enumerate(images):
+            write_image(tmp_path / f"{name}{number}.png", image)
+            seen += look(tmp_path / f"{name}{number}.png", [Place(tmp_path, "", "")])  # type: ignore[operator]
+        differ = int((seen[0].signs != seen[1].signs).sum())
+        x, y = (image.small.astype(float).ravel() for image in seen)
+        alike = float(np.corrcoef(x, y)[0, 1])
+        assert (differ <= 6, alike >= 0.98) == (name == "signs", name == "slope"), (name, differ, alike)
+        assert not find_twins(seen)
