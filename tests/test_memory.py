@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import peak_memory
-from fastgan import memory, stack
+from fastgan import memory, stack, trainer
 from fastgan.config import UsageError
 from fastgan.memory import Estimate, choose, estimate, fit
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
@@ -22,6 +22,7 @@ from fastgan.recipes.cyclegan import CycleGAN, CycleGANConfig
 from fastgan.recipes.pix2pix import Pix2Pix, Pix2PixConfig
 from fastgan.stack import set_memory
 from fastgan.step import Step
+from fastgan.train import make_recipe
 
 TINY = {"ngf": 4, "ndf": 4, "blocks": 4, "patch": 16, "levels": 4, "pool_size": 2}
 CPU = torch.device("cpu")
@@ -228,12 +229,14 @@ def test_modes_need_less_and_less():
     assert peaks[0] > 1.2 * peaks[1] > 1.4 * peaks[2]
 
 
-def test_what_does_not_fit_is_refused(monkeypatch):
-    def counted(recipe, channels, size, *, memory, **options):
-        weight = {"fast": 3, "low": 2, "least": 1}[memory]
-        found = 1000 * weight * recipe.config.batch_size * size[0] * size[1] * recipe.config.ngf
-        return Estimate(memory, found, 0, 0, 0, 0, found)
+def counted(recipe, channels, size, *, memory, **options) -> Estimate:
+    """Stands in for `estimate`: 3, 2 and 1 units."""
+    weight = {"fast": 3, "low": 2, "least": 1}[memory]
+    found = 1000 * weight * recipe.config.batch_size * size[0] * size[1] * recipe.config.ngf
+    return Estimate(memory, found, 0, 0, 0, 0, found)
 
+
+def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "estimate", counted)
     recipe = CycleGAN(CycleGANConfig(ngf=2, batch_size=2, load_size=100, crop_size=100))
 
@@ -275,3 +278,30 @@ def test_fit(monkeypatch):
     for cls in (CycleGAN, Pix2Pix):
         digits = cls(dataclasses.replace(cls.config_class(), **cls.presets["digits"]))
         assert fit(digits, (1, 1), (32, 32), CPU)[0] == "fast"
+
+
+def test_images_on_the_device_take_of_its_free_memory(monkeypatch):
+    """Without a GPU: what one with room for "fast" would answer."""
+    monkeypatch.setattr(memory, "estimate", counted)
+    recipe = CycleGAN(CycleGANConfig(ngf=2, load_size=100, crop_size=100))
+    unit = 1000 * 100 * 100 * 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * unit, 2**40))
+
+    def found(images: int) -> tuple[str, str]:
+        return fit(recipe, (3, 3), (100, 100), torch.device("cuda"), images=images)
+
+    sizes = (0, 1, unit, unit + 1, 2 * unit)
+    assert [found(images)[0] for images in sizes] == ["fast", "low", "low", "least", "least"]
+    # what the line says is free is what the images leave
+    assert found(unit)[1].endswith("; 0.04 GB are free")
+    with pytest.raises(UsageError, match=r"^--memory least needs about 0.02 GB, 0.02 GB are free: use "):
+        found(2 * unit + 1)
+
+
+def test_a_run_counts_its_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer, "resident_bytes", lambda data, device, where: (data.train.nbytes, where))
+    monkeypatch.setattr(trainer, "fit", lambda *a, images, **o: seen.append(images) or ("fast", ""))
+    words = ["cyclegan", "--max-images", "20", "--data-on", "host", "--runs", str(tmp_path)]
+    trainer.Trainer(make_recipe([*words, "--device", "cpu"]))
+    assert seen == [(2 * 20 * 32 * 32 * 3, "host")]
