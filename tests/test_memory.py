@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import memory as page
 from benchmarks._measure import peak_memory
 from fastgan import memory, stack, trainer
 from fastgan.config import UsageError
@@ -26,6 +29,8 @@ from fastgan.train import make_recipe
 
 TINY = {"ngf": 4, "ndf": 4, "blocks": 4, "patch": 16, "levels": 4, "pool_size": 2}
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks/results/memory_estimate.json"
 
 
 def recipes() -> dict[str, Recipe]:
@@ -218,6 +223,21 @@ def test_1024_pixels_fit_into_24_gb():
     # a pool of bfloat16 images and the weights, gradients and moments of 28.3 million parameters in float32
     assert chosen.pool_bytes >= 50 * 2 * 3 * 1024**2 * 2
     assert chosen.fixed_bytes >= 4 * 4 * 28.2e6
+    # what README quotes is what the step needs now
+    records = json.loads(RESULT.read_text())["records"]
+    (quoted,) = [r for r in records if (r["recipe"], r["memory"], r["size"]) == ("cyclegan", "fast", 1024)]
+    assert chosen.memory == "fast" and abs(quoted["peak_bytes"] / chosen.peak_bytes - 1) < 0.01, (
+        "python benchmarks/memory.py"
+    )
+
+
+def test_readme_quotes_the_estimates():
+    run = json.loads(RESULT.read_text())
+    assert RESULT.with_suffix(".md").read_text() == page.markdown(run)
+    section = (ROOT / "README.md").read_text().partition("\n## Memory\n")[2].partition("\n## ")[0]
+    head, _, *modes = page.table(run["records"], "cyclegan")
+    for row in (head, *modes):
+        assert f"\n{row}" in section
 
 
 def test_modes_need_less_and_less():
