@@ -1,7 +1,8 @@
 """Estimated training memory of CycleGAN and pix2pix on a GPU: python benchmarks/memory.py
 
-Nothing is run: the step goes over tensors without data (see fastgan.memory), on any machine, in about a
-minute, for three sizes and every --memory. Writes memory_estimate.json and .md, the same for the same versions, under benchmarks/results (--out).
+Nothing is run: the step goes over tensors without data (see fastgan.memory), on any machine, for three sizes
+and every --memory, in about a minute. Writes memory_estimate.json and .md, the same for the same versions,
+under benchmarks/results (--out).
 """
 
 from __future__ import annotations
