@@ -258,11 +258,9 @@ def test_without_a_gpu_the_op_benchmarks_are_skipped():
 
 
 @without_gpu
-def test_without_a_gpu_nothing_is_written(tmp_path):
-    command = [sys.executable, "benchmarks/run.py", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "No GPU that torch can use: nothing is measured, nothing is written.\n"
+def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
+    run.main(["--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out == "No GPU that torch can use: nothing is measured, nothing is written.\n"
     assert not (tmp_path / "out").exists()
 
 
