@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,14 @@ from benchmarks._report import markdown  # noqa: E402
 QUICK_MINUTES = 6.5
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="run.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No GPU that torch can use: nothing is measured, nothing is written.")
         return

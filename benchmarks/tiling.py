@@ -9,7 +9,8 @@
 
 Every translation runs in a process of its own, whose time and highest resident memory (VmHWM of Linux) are
 taken; results are compared with the whole image's where there is one. Writes tiling_<machine>_<date>.json
-after every translation, and .png (memory and time against size) at the end; --picture writes steps_<...>.
+and .md after every translation, and .png (memory and time against size) at the end; --picture writes
+tiling_steps_<...>.json and .png.
 """
 
 from __future__ import annotations
@@ -44,7 +45,15 @@ from fastgan.models import ResnetGenerator, init_weights  # noqa: E402
 OVERLAP = 64  # pixels by which naive tiles overlap their neighbours on each side
 # "contiguous" is the whole image in torch's other layout: on a CPU its statistics of large planes are the
 # more exact ones (channels_last sums them in float32), so it is what the others are compared with
-WAYS = ("contiguous", "whole", "tiled", "naive")
+WAYS = {
+    "contiguous": "whole image, NCHW",
+    "whole": "whole image, channels_last",
+    "tiled": "exact tiles",
+    "naive": "naive tiles, overlapped and blended",
+}
+COLOURS = {"contiguous": "#8a8a8a", "whole": "#4292c6", "tiled": "#f28e2b", "naive": "#084594"}
+# of the picture of brightness steps: side of the image and of a tile
+PICTURE = 1024, 256
 
 
 def network(file: Path | None) -> nn.Module:
@@ -153,28 +162,54 @@ def trained(x: Tensor, target: Tensor, count: int) -> nn.Module:
 
 def show_steps(given: argparse.Namespace, name: Path) -> None:
     """Brightness steps of a network that was trained to recolour the picture: numbers and a small PNG."""
-    side, tile = 1024, 256
+    side, tile = PICTURE
     x = picture(given.image, side)
-    # red and blue exchanged, half as bright: a change of colour that needs no memory of where one is
-    target = x.flip(1) * 0.5 - 0.5
+    # red and blue exchanged, less contrast: a change of colour that needs no memory of where one is
+    target = x.flip(1) * 0.8
     net = trained(x, target, given.steps)
     ys = {way: translated(way, net, x, tile) for way in WAYS}
     found = {way: steps(ys[way], ys["contiguous"], tile) for way in WAYS}
     run = {
-        "command": "python benchmarks/tiling.py --picture", "machine": describe(), "side": side, "tile": tile,
-        "overlap": OVERLAP, "training_steps": given.steps,
-        "l1_to_target": (ys["contiguous"] - target).abs().mean().item(), "steps": found,
+        "command": _command(given), "machine": describe(), "side": side, "tile": tile, "overlap": OVERLAP,
+        "training_steps": given.steps, "l1_to_target": (ys["contiguous"] - target).abs().mean().item(),
+        "steps": found,
     }  # fmt: skip
     name.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    # half the size, and the error of brightness 8 times as strong around grey
-    panels = [ys["contiguous"], ys["naive"], ys["tiled"]]
-    panels += [
-        ((ys[way] - ys["contiguous"]).mean(1, True) * 8).expand(-1, 3, -1, -1) for way in ("naive", "tiled")
-    ]
-    small = torch.cat([torch.nn.functional.avg_pool2d(p.clamp(-1, 1), 4) for p in panels], 3)
-    pixels = small[0].permute(1, 2, 0).add(1).mul(127.5).round().to(torch.uint8).numpy()
-    Image.fromarray(pixels).save(name.with_suffix(".png"), optimize=True)
+    show(ys, found, tile, name.with_suffix(".png"))
     print(json.dumps(run["steps"], indent=1))
+
+
+def show(ys: dict[str, Tensor], found: dict[str, dict[str, float]], tile: int, file: Path) -> None:
+    """The translations, and below them how much brighter than the whole image's each one is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 8.2), layout="constrained")
+    exact = ys["contiguous"]
+    side = exact.shape[-1]
+    errors = {way: (ys[way] - exact).mean(1)[0] * 127.5 for way in ("naive", "tiled")}
+    # both tilings on one scale: that of the naive one, without its few largest values
+    end = max(float(errors["naive"].abs().flatten()[:: side // 64].quantile(0.98)), 0.1)
+    for axis, way in zip(axes[0], ("contiguous", "naive", "tiled")):
+        pixels = ys[way].clamp(-1, 1)[0].permute(1, 2, 0).add(1).mul(127.5).round().to(torch.uint8)
+        axis.imshow(pixels.numpy(), extent=(0, side, side, 0))
+        axis.set_title(WAYS[way])
+    for axis, (way, error) in zip(axes[1, 1:], errors.items()):
+        shown = axis.imshow(error.numpy(), cmap="RdBu_r", vmin=-end, vmax=end, extent=(0, side, side, 0))
+        mean, most = found[way]["step_mean_levels"], found[way]["step_max_levels"]
+        axis.set_title(f"steps between tiles: {mean:.2g} levels\non average, {most:.2g} at most", fontsize=11)
+        for at in range(tile, side, tile):
+            axis.axhline(at, color="black", linewidth=0.4)
+            axis.axvline(at, color="black", linewidth=0.4)
+    axes[1, 0].axis("off")
+    label = "brighter (red) or darker (blue) than the\nwhole image's, levels of 255; lines: borders of tiles"
+    figure.colorbar(shown, ax=axes[1, 0], location="bottom", fraction=0.1, aspect=14, label=label)
+    for axis in (*axes[0], *axes[1, 1:]):
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(file, dpi=75)
+    pyplot.close(figure)
 
 
 def one(way: str, side: int, tile: int, given: argparse.Namespace, keep: Path) -> None:
@@ -205,23 +240,78 @@ def chart(records: Sequence[dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    pairs = (("peak_rss_bytes", 1e9, "highest resident memory, GB"), ("seconds", 1, "seconds"))
-    for axis, (key, unit, label) in zip(axes, pairs):
-        for way in WAYS:
+    figure, (memory, time_) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    sides = sorted({r["side"] for r in records})
+    for axis, key, unit in ((memory, "peak_rss_bytes", 1e9), (time_, "seconds", 1)):
+        for way, label in WAYS.items():
             points = sorted((r["side"], r[key] / unit) for r in records if r["way"] == way)
             if points:
-                axis.plot(*zip(*points), marker="o", label=way)
-        axis.set(xlabel="side of the image, pixels", ylabel=label, xscale="log", yscale="log")
-        sides = sorted({r["side"] for r in records})
-        axis.set_xticks(sides, [str(side) for side in sides], minor=False)
-        axis.minorticks_off()
+                axis.plot(*zip(*points), marker="o", markersize=4, color=COLOURS[way], label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sides, [str(side) for side in sides])
+        axis.set(xlabel="side of the square image, pixels")
         axis.grid(alpha=0.3)
-        axis.legend()
+    before = max(r["rss_before_bytes"] for r in records) / 1e9
+    memory.axhline(
+        before, color="black", linewidth=0.8, linestyle=":", label="before: libraries, weights, image"
+    )
+    memory.set(title="highest resident memory, GB", ylim=(0, None))
+    time_.set(title="seconds", yscale="log")
+    # plain numbers, between the powers of ten too
+    time_.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    time_.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    time_.yaxis.set_minor_formatter(ticker.NullFormatter())
+    memory.legend(fontsize=8)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def markdown(run: dict[str, Any]) -> str:
+    """The page of a run, also of one that is not done yet."""
+    m, after, records = run["machine"], run["after"], run["records"]
+    lines = [
+        f"# Large images, whole and in tiles: {m['date'][:10]}",
+        "",
+        f"    {run['command']}",
+        "",
+        f"Commit {m['commit']}, torch {m['torch']}, {m['cpu']}, {m['cores']} cores, {records[0]['threads']} "
+        f"threads, fp32. Load {m['load']:.1f} before and {after['load']:.1f} at the end: where "
+        "CPU seconds are well below seconds times threads, others were running.",
+        "",
+        "Each translation in a process of its own: memory is the highest resident memory of that process, "
+        "libraries included. Errors in [-1, 1] and steps of brightness between neighbouring tiles, in grey "
+        "levels of 255, against the whole image in NCHW.",
+        "",
+        "| side | way | tile | GB | of them before | disk GB | seconds | CPU seconds | largest error "
+        "| step, mean | step, largest |",
+        "|---:|---|---:|" + "---:|" * 8,
+    ]
+    for r in records:
+        errors = [
+            f"{r[key]:.3g}" if key in r else "-"
+            for key in ("largest_error", "step_mean_levels", "step_max_levels")
+        ]
+        cells = [
+            str(r["side"]), WAYS[r["way"]], str(r["tile"] or "-"), f"{r['peak_rss_bytes'] / 1e9:.2f}",
+            f"{r['rss_before_bytes'] / 1e9:.2f}", f"{r['disk_bytes'] / 1e9:.2f}", f"{r['seconds']:.1f}",
+            f"{r['cpu_seconds']:.1f}", *errors,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _command(given: argparse.Namespace) -> str:
+    """What was called, with the names of files alone."""
+    words = ["python benchmarks/tiling.py"]
+    if given.picture:
+        words.append(f"--picture --steps {given.steps}")
+    else:
+        words += ["--sizes", *map(str, given.sizes), f"--tile {given.tile}"]
+        words.append(f"--whole-up-to {given.whole_up_to} --naive-up-to {given.naive_up_to}")
+    words += [f"--{key} {file.name}" for key in ("image", "net") if (file := getattr(given, key))]
+    return " ".join(words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     machine = describe()
     if given.picture:
-        show_steps(given, free_name(given.out, machine, "steps_"))
+        show_steps(given, free_name(given.out, machine, "tiling_steps_"))
         return 0
     name = free_name(given.out, machine, "tiling_")
     records: list[dict[str, Any]] = []
@@ -261,8 +351,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     record |= steps(*(torch.from_numpy(np.load(file)) for file in files), given.tile)
                 records.append(record)
                 print(json.dumps(record), flush=True)
-                run = {"command": "python benchmarks/tiling.py", "machine": machine, "records": records}
+                run = {
+                    "command": _command(given),
+                    "machine": machine,
+                    "after": describe(),
+                    "records": records,
+                }
                 name.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+                name.with_suffix(".md").write_text(markdown(run), encoding="utf-8")
     chart(records, name.with_suffix(".png"))
     return 0
 

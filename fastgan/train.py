@@ -23,7 +23,7 @@ from fastgan.trainer import Diverged, Interrupted, Trainer
 
 USAGE = f"""usage: python -m fastgan.train {{{",".join(RECIPES)}}} [flags]
 
-  python -m fastgan.train cyclegan                  the embedded digits, in three minutes
+  python -m fastgan.train cyclegan                  the embedded digits, in some minutes
   python -m fastgan.train cyclegan --data FOLDER    your images: trainA/ and trainB/
   python -m fastgan.train pix2pix --data FOLDER     your pairs: train/ with A and B side by side
   python -m fastgan.train cyclegan --help           all flags of a recipe

@@ -22,6 +22,7 @@ from benchmarks import (
     bench_conv_transpose_norm_act,
     bench_residual_block,
     run,
+    tiling,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -257,11 +258,9 @@ def test_without_a_gpu_the_op_benchmarks_are_skipped():
 
 
 @without_gpu
-def test_without_a_gpu_nothing_is_written(tmp_path):
-    command = [sys.executable, "benchmarks/run.py", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "No GPU that torch can use: nothing is measured, nothing is written.\n"
+def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
+    run.main(["--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out == "No GPU that torch can use: nothing is measured, nothing is written.\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -270,3 +269,30 @@ def test_every_case_has_a_name_of_its_own():
         names = [case.id for case in module.CASES]
         assert len(set(names)) == len(names)
         assert any(case.marks for case in module.CASES), "a quick run measures every op"
+
+
+def test_the_page_of_large_images(tmp_path):
+    """Ways that stop at a size have no line and no error beyond it."""
+    common = {"rss_before_bytes": 4e8, "disk_bytes": 0, "seconds": 2.04, "cpu_seconds": 3.9, "threads": 2}
+    records = [
+        {"way": way, "side": side, "tile": None, "peak_rss_bytes": side * 1e6} | common
+        for way, side in [("whole", 512), ("tiled", 512), ("tiled", 4096)]
+    ]
+    records[1] |= {"largest_error": 3.51e-5, "step_mean_levels": 0.25, "step_max_levels": 0.5, "tile": 512}
+    state = _machine.describe()
+    text = tiling.markdown({"command": "", "machine": state, "after": state, "records": records})
+    assert row(text, "| 512 | exact")[3:] == [
+        "0.51", "0.40", "0.00", "2.0", "3.9", "3.51e-05", "0.25", "0.5",
+    ]  # fmt: skip
+    assert row(text, "| 4096")[1:4] == ["exact tiles", "-", "4.10"] and row(text, "| 4096")[-1] == "-"
+    tiling.chart(records, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+def test_the_picture_of_brightness_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiling, "PICTURE", (256, 128))
+    assert tiling.main(["--picture", "--steps", "0", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("tiling_steps_*.json")
+    found = json.loads(file.read_text())["steps"]
+    assert found["naive"]["step_mean_levels"] > 1000 * found["tiled"]["step_mean_levels"] > 0
+    assert file.with_suffix(".png").exists()

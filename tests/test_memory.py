@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import memory as page
 from benchmarks._measure import peak_memory
-from fastgan import memory, stack
+from fastgan import memory, stack, trainer
 from fastgan.config import UsageError
 from fastgan.memory import Estimate, choose, estimate, fit
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
@@ -22,9 +25,12 @@ from fastgan.recipes.cyclegan import CycleGAN, CycleGANConfig
 from fastgan.recipes.pix2pix import Pix2Pix, Pix2PixConfig
 from fastgan.stack import set_memory
 from fastgan.step import Step
+from fastgan.train import make_recipe
 
 TINY = {"ngf": 4, "ndf": 4, "blocks": 4, "patch": 16, "levels": 4, "pool_size": 2}
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks/results/memory_estimate.json"
 
 
 def recipes() -> dict[str, Recipe]:
@@ -217,6 +223,21 @@ def test_1024_pixels_fit_into_24_gb():
     # a pool of bfloat16 images and the weights, gradients and moments of 28.3 million parameters in float32
     assert chosen.pool_bytes >= 50 * 2 * 3 * 1024**2 * 2
     assert chosen.fixed_bytes >= 4 * 4 * 28.2e6
+    # what README quotes is what the step needs now
+    records = json.loads(RESULT.read_text())["records"]
+    (quoted,) = [r for r in records if (r["recipe"], r["memory"], r["size"]) == ("cyclegan", "fast", 1024)]
+    assert chosen.memory == "fast" and abs(quoted["peak_bytes"] / chosen.peak_bytes - 1) < 0.01, (
+        "python benchmarks/memory.py"
+    )
+
+
+def test_readme_quotes_the_estimates():
+    run = json.loads(RESULT.read_text())
+    assert RESULT.with_suffix(".md").read_text() == page.markdown(run)
+    section = (ROOT / "README.md").read_text().partition("\n## Memory\n")[2].partition("\n## ")[0]
+    head, _, *modes = page.table(run["records"], "cyclegan")
+    for row in (head, *modes):
+        assert f"\n{row}" in section
 
 
 def test_modes_need_less_and_less():
@@ -228,12 +249,14 @@ def test_modes_need_less_and_less():
     assert peaks[0] > 1.2 * peaks[1] > 1.4 * peaks[2]
 
 
-def test_what_does_not_fit_is_refused(monkeypatch):
-    def counted(recipe, channels, size, *, memory, **options):
-        weight = {"fast": 3, "low": 2, "least": 1}[memory]
-        found = 1000 * weight * recipe.config.batch_size * size[0] * size[1] * recipe.config.ngf
-        return Estimate(memory, found, 0, 0, 0, 0, found)
+def counted(recipe, channels, size, *, memory, **options) -> Estimate:
+    """Stands in for `estimate`: 3, 2 and 1 units."""
+    weight = {"fast": 3, "low": 2, "least": 1}[memory]
+    found = 1000 * weight * recipe.config.batch_size * size[0] * size[1] * recipe.config.ngf
+    return Estimate(memory, found, 0, 0, 0, 0, found)
 
+
+def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "estimate", counted)
     recipe = CycleGAN(CycleGANConfig(ngf=2, batch_size=2, load_size=100, crop_size=100))
 
@@ -275,3 +298,30 @@ def test_fit(monkeypatch):
     for cls in (CycleGAN, Pix2Pix):
         digits = cls(dataclasses.replace(cls.config_class(), **cls.presets["digits"]))
         assert fit(digits, (1, 1), (32, 32), CPU)[0] == "fast"
+
+
+def test_images_on_the_device_take_of_its_free_memory(monkeypatch):
+    """Without a GPU: what one with room for "fast" would answer."""
+    monkeypatch.setattr(memory, "estimate", counted)
+    recipe = CycleGAN(CycleGANConfig(ngf=2, load_size=100, crop_size=100))
+    unit = 1000 * 100 * 100 * 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * unit, 2**40))
+
+    def found(images: int) -> tuple[str, str]:
+        return fit(recipe, (3, 3), (100, 100), torch.device("cuda"), images=images)
+
+    sizes = (0, 1, unit, unit + 1, 2 * unit)
+    assert [found(images)[0] for images in sizes] == ["fast", "low", "low", "least", "least"]
+    # what the line says is free is what the images leave
+    assert found(unit)[1].endswith("; 0.04 GB are free")
+    with pytest.raises(UsageError, match=r"^--memory least needs about 0.02 GB, 0.02 GB are free: use "):
+        found(2 * unit + 1)
+
+
+def test_a_run_counts_its_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer, "resident_bytes", lambda data, device, where: (data.train.nbytes, where))
+    monkeypatch.setattr(trainer, "fit", lambda *a, images, **o: seen.append(images) or ("fast", ""))
+    words = ["cyclegan", "--max-images", "20", "--data-on", "host", "--runs", str(tmp_path)]
+    trainer.Trainer(make_recipe([*words, "--device", "cpu"]))
+    assert seen == [(2 * 20 * 32 * 32 * 3, "host")]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgan.data import Loader, Resident, open_data, open_feed
 from fastgan.data.dataset import Data
+from fastgan.data.feed import resident_bytes
 from fastgan.data.images import DataError, write_image
 from fastgan.data.resident import SHARE, fits, one_size
 
@@ -158,3 +159,17 @@ def test_on_a_gpu_the_free_memory_decides(monkeypatch, times, where, found):
     else:
         open_feed(data, 1, seed=0, device="cuda", where=where)
         assert opened == [found]
+
+
+def test_bytes_that_the_images_take_of_a_gpu(tmp_path, monkeypatch):
+    """Those of `open_feed`'s choice: none where it would read ahead on the host."""
+    data, cuda = open_data(None, paired=False, max_images=20), torch.device("cuda")
+    images(tmp_path, "uint8", 3, ((20, 24), (32, 16)))
+    unequal = open_data(tmp_path, paired=False, preprocess="none")
+    free = int(data.train.nbytes / SHARE)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**40))
+    assert resident_bytes(data, cuda, "auto") == resident_bytes(data, cuda, "device") == data.train.nbytes
+    assert resident_bytes(data, cuda, "host") == resident_bytes(data, torch.device("cpu"), "device") == 0
+    assert unequal.train.nbytes < data.train.nbytes and resident_bytes(unequal, cuda, "auto") == 0
+    free -= 4
+    assert resident_bytes(data, cuda, "auto") == 0

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastgan import checkpoint, train
+from fastgan.device import pick_precision
 from fastgan.trainer import Trainer, _stack
 
 TINY = [
@@ -119,8 +120,7 @@ def test_kill_and_same_command_again_is_the_same_run(name: str, unpaired: Path, 
             path.unlink()
     args = [*RUNS[name], "--data", "data", *sizes, "--steps", "60", "--save-every", "10", "--keep", "9"]
     # the same tensors as in one go ...
-    whole = start([*args, "--name", "whole"], in_tmp)
-    assert whole.wait(300) == 0, whole.communicate()[1]
+    train.main([*args, "--name", "whole"])
     # ... after a kill at a moment nobody chose, at least 30 steps in
     killed = start([*args, "--name", "killed"], in_tmp)
     wait_for(in_tmp / "runs/killed/checkpoints/step_00000030", killed)
@@ -173,6 +173,15 @@ def test_a_run_leaves_its_folder_and_nothing_else(in_tmp: Path, capsys: pytest.C
     # finished: the same command says so and changes nothing
     train.main([*PIX, "--name", "r", "--steps", "3", "--sample-every", "2", "--save-every", "2"])
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_auto_is_bf16_only_where_the_cpu_has_it(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated it is slower than float32."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    assert pick_precision("auto", cpu) is (torch.bfloat16 if has else None)
+    assert pick_precision("bf16", cpu) is torch.bfloat16 and pick_precision("fp32", cpu) is None
 
 
 def test_the_schedule_is_spread_over_the_steps_and_ends_above_zero(in_tmp: Path) -> None:
