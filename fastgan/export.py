@@ -93,7 +93,8 @@ def export(found: Loaded, out: Path, form: Format) -> str:
         if not all(torch.equal(again[key], value) for key, value in found.weights.items()):
             raise CheckpointError(f"{out} does not hold the weights of {found.path}")
         return f"{len(again)} tensors, equal to those of {found.path}"
-    whole = Whole(found.net, found.ranges, found.output).eval()
+    # the exporters' own passes run with gradients on
+    whole = Whole(found.net, found.ranges, found.output).eval().requires_grad_(False)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing_", dir=out.parent) as folder, _quiet():
