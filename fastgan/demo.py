@@ -1,0 +1,369 @@
+"""python -m fastgan.demo RUN_OR_CHECKPOINT: a page on this machine that translates the images dropped on it.
+
+The page is Gradio's (an extra). Only files uploaded through it are read, after a look at their header; they
+and all that is made from them lie in a temporary folder, which goes when the program ends. Translations run
+one at a time. Neither the program nor the page asks any other machine for anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+from fastgan.checkpoint import CheckpointError, choices
+from fastgan.config import UsageError, fail, parse
+from fastgan.data.augment import match_channels
+from fastgan.data.images import (
+    WRITE_SUFFIXES,
+    DataError,
+    Probe,
+    from_unit,
+    probe,
+    read_images,
+    to_unit,
+    type_range,
+    write_image,
+)
+from fastgan.inference import Generator, load_generator
+
+PREVIEW = 2048  # longest side in pixels of what the page shows
+READY = " Not translated yet."
+KEEP = 3600  # seconds that an upload and its translation stay on the disk
+FAULTS = (DataError, UsageError, CheckpointError)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `python -m fastgan.demo` takes."""
+
+    run: tyro.conf.Positional[Path]  # run folder, checkpoint folder, .safetensors, .pth or .ckpt
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets every machine of the network in
+    port: int = 7860  # 0: any free one
+    open: bool = False  # open the page in the browser
+    max_upload_mb: int = 100  # size of a file
+    max_pixels: int = 100_000_000  # of an image, read from its header before it is decoded
+    device: str = "auto"  # cuda, cuda:1, mps, cpu
+    precision: Literal["auto", "bf16", "fp32", "tf32"] = "auto"  # auto: bf16 where the hardware has it
+
+
+def translate_upload(
+    generator: Generator, source: Path, target: Path, tile: int | Literal["auto"]
+) -> list[Path]:
+    """Translate a file in its depth; the results, one per page, have target's name and where it can hold them
+    the source's format, else PNG or TIFF."""
+    images, written = read_images(source), []
+    for number, image in enumerate(images):
+        name = target.stem if len(images) == 1 else f"{target.stem}_page{number:03d}"
+        result = generator(image, tile=tile, folder=target.parent)
+        suffixes = [source.suffix.lower(), ".png", ".tif"]
+        for suffix in (s for s in suffixes if s in WRITE_SUFFIXES):
+            try:
+                write_image(target.with_name(name + suffix), result)
+            except DataError:
+                if suffix == ".tif":
+                    raise
+            else:
+                written.append(target.with_name(name + suffix))
+                break
+    return written
+
+
+def preview(image: np.ndarray, value_range: tuple[float, float]) -> Image.Image:
+    """(H, W, C) as an 8-bit picture of at most 2048 pixels a side; but for grey and RGB its first channel."""
+    shown = image if image.shape[2] == 3 else image[..., :1]
+    if image.dtype != np.uint8 or value_range != (0, 255):
+        eight = np.empty(shown.shape, np.uint8)
+        # in bands: a whole large image in float32 would take four times its size
+        for top in range(0, len(shown), 256):
+            band = slice(top, top + 256)
+            eight[band] = from_unit(to_unit(shown[band], value_range), np.uint8)
+        shown = eight
+    picture = Image.fromarray(np.ascontiguousarray(shown if shown.shape[2] == 3 else shown[..., 0]))
+    picture.thumbnail((PREVIEW, PREVIEW))
+    return picture
+
+
+class Desk:
+    """What the page does with an upload, apart from Gradio.
+
+    folder: the only one from which files are read.
+    """
+
+    def __init__(self, given: Arguments, folder: Path) -> None:
+        self.given, self.folder = given, folder.resolve()
+        self.directions, self.labels = choices(given.run)
+        self.generator = functools.cache(self._load)
+        self.generator(self.directions[0] if self.directions else None)
+
+    def _load(self, direction: Literal["AtoB", "BtoA"] | None) -> Generator:
+        given, label = self.given, [0.0] * self.labels or None
+        return load_generator(
+            given.run, direction, label=label, device=given.device, precision=given.precision
+        )
+
+    def check(self, path: str | None, direction: Literal["AtoB", "BtoA"] | None) -> Probe:
+        """What the header of an upload tells; DataError if it is no image, or none for this generator."""
+        if path is None:
+            raise DataError("no image yet: drop one on the field, or click on it")
+        if not Path(path).resolve().is_relative_to(self.folder):
+            raise DataError("only uploaded files are read")
+        found, generator = probe(path, max_pixels=self.given.max_pixels), self.generator(direction)
+        if match_channels(np.empty((1, 1, found.channels), found.dtype), generator.channels[0]) is None:
+            raise DataError(
+                f"{path}: has {found.channels} channels, the generator was trained on {generator.channels[0]}"
+            )
+        return found
+
+    def before(self, path: str | None, direction: Literal["AtoB", "BtoA"] | None) -> tuple[Image.Image, str]:
+        """Preview of an upload and a line about it."""
+        found = self.check(path, direction)
+        assert path is not None
+        image, generator = read_images(path)[0], self.generator(direction)
+        own = image.dtype == generator.dtypes[0]
+        return preview(
+            image, generator.ranges[0] if own else type_range(image.dtype)
+        ), f"{_about(found)}.{READY}"
+
+    def translate(
+        self,
+        path: str | None,
+        direction: Literal["AtoB", "BtoA"] | None,
+        label: Sequence[int],
+        tile: float | None,
+    ) -> tuple[tuple[Image.Image, Image.Image], list[str], str]:
+        """Previews of both sides, the files of the result and a line about them."""
+        before, line = self.before(path, direction)
+        assert path is not None
+        generator = self.generator(direction)
+        if self.labels:
+            generator.net.label = torch.zeros(self.labels, device=generator.device)
+            generator.net.label[list(label)] = 1
+        source, start = Path(path), time.perf_counter()
+        target = Path(tempfile.mkdtemp(dir=self.folder)) / f"{source.stem}_{direction or 'translated'}"
+        files = translate_upload(generator, source, target, "auto" if tile is None else int(tile))
+        seconds, result = time.perf_counter() - start, read_images(files[0])[0]
+        # an image of another type than that of the training is in its type's full range, its result too
+        own = probe(source).dtype == generator.dtypes[0]
+        after = preview(result, generator.ranges[1] if own else type_range(result.dtype))
+        way = f" {direction[0]} to {direction[-1]}" if direction else ""
+        line = f"{line.removesuffix(READY)} Translated{way} in {seconds:.1f} s."
+        if max(result.shape[:2]) > PREVIEW:
+            line += f" Shown reduced to {PREVIEW} pixels; the result has all of them."
+        return (before, after), [str(file) for file in files], line
+
+
+def _kind(channels: int, dtype: np.dtype[Any]) -> str:
+    colour = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+    return f"{colour}, {'float' if dtype.kind == 'f' else f'{8 * dtype.itemsize} bit'}"
+
+
+def _about(found: Probe) -> str:
+    pages = f", {found.pages} pages of which the first is shown" if found.pages > 1 else ""
+    return f"{found.width} x {found.height} pixels, {_kind(found.channels, found.dtype)}{pages}"
+
+
+@contextmanager
+def _said(path: str | None) -> Iterator[None]:
+    """Turn what went wrong into a message of the page, without the folder that an upload lies in."""
+    import gradio as gr
+
+    text = ""
+    try:
+        yield
+    except FAULTS as error:
+        text = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(error):
+            raise
+        text = "not enough memory: try a smaller image, or smaller tiles under Advanced"
+    if text:
+        text = text.replace(str(path), Path(path).name) if path else text
+        # the page takes a message for HTML
+        raise gr.Error(html.escape(text), duration=None, print_exception=False)
+
+
+def page(desk: Desk) -> Any:
+    """The page as Gradio's blocks."""
+    import gradio as gr
+
+    given, first = desk.given, desk.generator(desk.directions[0] if desk.directions else None)
+
+    def arrived(path: str | None, direction: Any) -> Any:
+        with _said(path):
+            before, line = desk.before(path, direction)
+            return (before, before), gr.File(None, visible=False), line
+
+    def translate(path: str | None, direction: Any, label: Sequence[int], tile: float | None) -> Any:
+        with _said(path):
+            pictures, files, line = desk.translate(path, direction, label, tile)
+            return pictures, gr.File(files, visible=True), line
+
+    with gr.Blocks(
+        title=f"fastgan: {given.run.name}", analytics_enabled=False, delete_cache=(600, KEEP)
+    ) as ui:
+        kinds = " → ".join(map(_kind, first.channels, first.dtypes))
+        way = f"{desk.directions[0].replace('to', ' to ')}: " if desk.directions else ""
+        gr.Markdown(f"# {html.escape(given.run.name)}\n{way}{kinds}. Runs on {first.device}.")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=280):
+                upload = gr.File(label="Image", height=160, elem_id="upload")
+                gr.Markdown(
+                    f"PNG, JPEG, WebP, TIFF, BMP, PPM or .npy; at most {given.max_upload_mb} MB and "
+                    f"{given.max_pixels / 1e6:g} million pixels."
+                )
+                direction = gr.Radio(
+                    [(way.replace("to", " to "), way) for way in desk.directions],
+                    value=next(iter(desk.directions), None),
+                    label="Direction",
+                    visible=len(desk.directions) > 1,
+                    elem_id="direction",
+                )
+                label = gr.CheckboxGroup(
+                    [str(number + 1) for number in range(desk.labels)],
+                    value=[],
+                    type="index",
+                    label="Label: entries that are 1",
+                    visible=desk.labels > 0,
+                    elem_id="label",
+                )
+                with gr.Accordion("Advanced", open=False):
+                    tile = gr.Number(
+                        None,
+                        label="Side of a tile in pixels",
+                        info="Large images run in tiles, with the result of the whole image. "
+                        "Empty: by the free memory.",
+                        placeholder="automatic",
+                        precision=0,
+                        elem_id="tile",
+                    )
+                button = gr.Button("Translate", variant="primary", elem_id="translate")
+            with gr.Column(scale=2, min_width=320):
+                slider = gr.ImageSlider(
+                    label="Before and after",
+                    format="png",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id="slider",
+                )
+                line = gr.Markdown(elem_id="line")
+                result = gr.File(
+                    label="Result", file_count="multiple", interactive=False, visible=False, elem_id="result"
+                )
+        # one at a time, whatever the event
+        once: dict[str, Any] = {
+            "concurrency_id": "fastgan",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+            "show_progress_on": slider,
+        }
+        upload.upload(arrived, [upload, direction], [slider, result, line], **once)
+        upload.clear(lambda: (None, gr.File(None, visible=False), ""), None, [slider, result, line], **once)
+        button.click(translate, [upload, direction, label, tile], [slider, result, line], **once)
+    return ui
+
+
+def serve(given: Arguments, folder: Path) -> None:
+    """Show the page until Ctrl-C or SIGTERM.
+
+    folder: for uploads and results.
+
+    Raises:
+        UsageError: Gradio is missing, or the address is in use.
+        CheckpointError: no generator there.
+    """
+    # the page is what the flags say, whatever else is set for other programs
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_TEMP_DIR": str(folder / "uploads"),
+        "GRADIO_EXAMPLES_CACHE": str(folder / "examples"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    try:
+        import gradio as gr
+        import safehttpx
+    except ImportError as error:
+        raise UsageError(f"the demo needs {error.name}: run `pip install fastgan[demo]`") from None
+
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise gr.Error("only uploaded files are read", print_exception=False)
+
+    # Gradio fetches addresses that a request names in place of a file
+    safehttpx.get = safehttpx.async_validate_url = refuse
+    desk = Desk(given, folder / "uploads")
+    port = _free_port(given.host, given.port)
+    ui, fonts = page(desk), ["system-ui", "sans-serif"]
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    ui.queue(max_size=32)
+    _, address, _ = ui.launch(
+        server_name=given.host,
+        server_port=port,
+        inbrowser=given.open,
+        max_file_size=given.max_upload_mb * 2**20,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
+    )
+    print(f"{given.run}: {address} (Ctrl-C ends it)", flush=True)
+    while not ended.wait(1):
+        pass
+    # not waiting for the pages that are open
+    ui.server.force_exit = True
+    ui.close(verbose=False)
+
+
+def _free_port(host: str, port: int) -> int:
+    try:
+        with socket.create_server((host, port)) as place:
+            return int(place.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        code = getattr(error, "errno", None)
+        # Python's own words repeat the address; an unknown host has a negative number
+        reason = os.strerror(code) if code and code > 0 else getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"--host {host} --port {port} cannot be used ({reason}): choose another --port"
+        ) from None
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Serve the page; exit code 0 after Ctrl-C, or 2 with one line about what is wrong."""
+    try:
+        given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.demo")
+        with tempfile.TemporaryDirectory(prefix="fastgan-demo-", ignore_cleanup_errors=True) as folder:
+            serve(given, Path(folder))
+    except FAULTS as error:
+        fail(error)
+    sys.stdout.flush()
+    # a translation under way cannot be stopped, and Python would wait for it
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
