@@ -332,11 +332,8 @@ def serve(given: Arguments, folder: Path) -> None:
         theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),
     )
     print(f"{given.run}: {address} (Ctrl-C ends it)", flush=True)
-    while not ended.wait(1):
+    while not ended.wait(1):  # with a limit, or Windows would not see Ctrl-C
         pass
-    # not waiting for the pages that are open
-    ui.server.force_exit = True
-    ui.close(verbose=False)
 
 
 def _free_port(host: str, port: int) -> int:
@@ -361,7 +358,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except FAULTS as error:
         fail(error)
     sys.stdout.flush()
-    # a translation under way cannot be stopped, and Python would wait for it
+    # a translation under way cannot be stopped, and Gradio would wait for pages that are open
     os._exit(0)
 
 
