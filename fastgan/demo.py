@@ -27,6 +27,7 @@ import torch
 import tyro
 from PIL import Image
 
+from fastgan import tiling
 from fastgan.checkpoint import CheckpointError, choices
 from fastgan.config import UsageError, fail, parse
 from fastgan.data.augment import match_channels
@@ -103,14 +104,19 @@ def preview(image: np.ndarray, value_range: tuple[float, float]) -> Image.Image:
 class Desk:
     """What the page does with an upload, apart from Gradio.
 
-    folder: the only one from which files are read.
+    folder: the only one from which files are read. directions, labels: what can be chosen, see
+    `fastgan.checkpoint.choices`. tiles: whether the network can run in tiles.
     """
 
     def __init__(self, given: Arguments, folder: Path) -> None:
         self.given, self.folder = given, folder.resolve()
         self.directions, self.labels = choices(given.run)
         self.generator = functools.cache(self._load)
-        self.generator(self.directions[0] if self.directions else None)
+        net = self.generator(next(iter(self.directions), None)).net
+        try:
+            self.tiles = bool(tiling.stages(net))
+        except UsageError:
+            self.tiles = False
 
     def _load(self, direction: Literal["AtoB", "BtoA"] | None) -> Generator:
         given, label = self.given, [0.0] * self.labels or None
@@ -146,9 +152,10 @@ class Desk:
         path: str | None,
         direction: Literal["AtoB", "BtoA"] | None,
         label: Sequence[int],
-        tile: float | None,
+        tile: float,
     ) -> tuple[tuple[Image.Image, Image.Image], list[str], str]:
-        """Previews of both sides, the files of the result and a line about them."""
+        """Previews of both sides, the files of the result and a line about them. label: places of its ones;
+        tile: side in pixels, 0 for "auto"."""
         before, line = self.before(path, direction)
         assert path is not None
         generator = self.generator(direction)
@@ -157,7 +164,7 @@ class Desk:
             generator.net.label[list(label)] = 1
         source, start = Path(path), time.perf_counter()
         target = Path(tempfile.mkdtemp(dir=self.folder)) / f"{source.stem}_{direction or 'translated'}"
-        files = translate_upload(generator, source, target, "auto" if tile is None else int(tile))
+        files = translate_upload(generator, source, target, int(tile) or "auto")
         seconds, result = time.perf_counter() - start, read_images(files[0])[0]
         # an image of another type than that of the training is in its type's full range, its result too
         own = probe(source).dtype == generator.dtypes[0]
@@ -203,14 +210,14 @@ def page(desk: Desk) -> Any:
     """The page as Gradio's blocks."""
     import gradio as gr
 
-    given, first = desk.given, desk.generator(desk.directions[0] if desk.directions else None)
+    given, first = desk.given, desk.generator(next(iter(desk.directions), None))
 
     def arrived(path: str | None, direction: Any) -> Any:
         with _said(path):
             before, line = desk.before(path, direction)
             return (before, before), gr.File(None, visible=False), line
 
-    def translate(path: str | None, direction: Any, label: Sequence[int], tile: float | None) -> Any:
+    def translate(path: str | None, direction: Any, label: Sequence[int], tile: float) -> Any:
         with _said(path):
             pictures, files, line = desk.translate(path, direction, label, tile)
             return pictures, gr.File(files, visible=True), line
@@ -243,14 +250,14 @@ def page(desk: Desk) -> Any:
                     visible=desk.labels > 0,
                     elem_id="label",
                 )
-                with gr.Accordion("Advanced", open=False):
+                with gr.Accordion("Advanced", open=False, visible=desk.tiles):
                     tile = gr.Number(
-                        None,
+                        0,
                         label="Side of a tile in pixels",
                         info="Large images run in tiles, with the result of the whole image. "
-                        "Empty: by the free memory.",
-                        placeholder="automatic",
+                        "0: by the free memory.",
                         precision=0,
+                        minimum=0,
                         elem_id="tile",
                     )
                 button = gr.Button("Translate", variant="primary", elem_id="translate")

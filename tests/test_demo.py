@@ -149,6 +149,8 @@ def test_drop_translate_see_download(
     until(lambda: "40 x 36 pixels, RGB" in text(browser, "#line"))
     assert all(np.array_equal(side, NOISE) for side in pictures(browser))
     browser.find_element("css selector", f"#direction input[value={direction}]").click()
+    browser.find_element("xpath", "//button[contains(., 'Advanced')]").click()
+    until(lambda: text(browser, "#tile"))
     browser.find_element("id", "translate").click()
     until(lambda: f"Translated {direction[0]} to {direction[-1]} in" in text(browser, "#line"))
     expected = load(weights, direction)(image)
@@ -213,7 +215,7 @@ def ask(address: str, *questions: tuple[str, str]) -> list[dict[str, Any]]:
     for element, path in questions:
         which = next(d for d in config["dependencies"] if d["targets"][0][0] == numbers[element])
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        body = {"data": [file, "AtoB", [], None][: len(which["inputs"])], "fn_index": which["id"]}
+        body = {"data": [file, "AtoB", [], 0][: len(which["inputs"])], "fn_index": which["id"]}
         sent = json.dumps(body | {"session_hash": session}).encode()
         fetch(f"{address}/gradio_api/queue/join", sent, **{"Content-Type": "application/json"})
     stream = fetch(f"{address}/gradio_api/queue/data?session_hash={session}").decode()
@@ -322,9 +324,9 @@ def test_labels(tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "9-G.ckpt")
     write_image(tmp_path / "in.png", NOISE)
     desk = demo.Desk(given(tmp_path / "9-G.ckpt"), tmp_path)
-    assert desk.labels == 4 and desk.directions == ()
+    assert desk.labels == 4 and desk.directions == () and not desk.tiles
     for chosen, label in (([0, 2], [1, 0, 1, 0]), ([], [0] * 4)):
-        files = desk.translate(str(tmp_path / "in.png"), None, chosen, None)[1]
+        files = desk.translate(str(tmp_path / "in.png"), None, chosen, 0)[1]
         expected = load(tmp_path / "9-G.ckpt", None, label=label)(NOISE)
         assert np.array_equal(read_images(files[0])[0], expected)
 
@@ -335,7 +337,8 @@ def test_formats_pages_and_tiles(weights: Path, tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "two.tif", np.stack([NOISE, 255 - NOISE]), photometric="rgb")
     Image.fromarray(NOISE).save(tmp_path / "in.ppm")
     desk, translate = demo.Desk(given(weights), tmp_path), load(weights, "BtoA")
-    (before, _), files, line = desk.translate(str(tmp_path / "two.tif"), "BtoA", [], None)
+    assert desk.tiles
+    (before, _), files, line = desk.translate(str(tmp_path / "two.tif"), "BtoA", [], 0)
     assert np.array_equal(np.asarray(before), NOISE) and "2 pages of which the first is shown" in line
     assert [Path(f).name for f in files] == ["two_BtoA_page000.tif", "two_BtoA_page001.tif"]
     assert np.array_equal(read_images(files[1])[0], translate(255 - NOISE))
@@ -346,13 +349,22 @@ def test_formats_pages_and_tiles(weights: Path, tmp_path: Path) -> None:
     assert np.abs(difference).max() <= 1
 
 
+def test_memory_that_is_used_up_is_a_message() -> None:
+    gradio = pytest.importorskip("gradio")
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(gradio.Error, match="not enough memory"), demo._said("in.png"):
+            raise error
+    with pytest.raises(RuntimeError, match="another fault"), demo._said("in.png"):
+        raise RuntimeError("another fault")
+
+
 def test_only_its_folder_is_read(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "uploads").mkdir()
     write_image(tmp_path / "in.png", NOISE)
     (tmp_path / "uploads/link.png").symlink_to(tmp_path / "in.png")
     desk = demo.Desk(given(weights), tmp_path / "uploads")
     for path in (tmp_path / "in.png", tmp_path / "uploads/../in.png", tmp_path / "uploads/link.png"):
-        for call in (desk.before, lambda *a: desk.translate(*a, [], None)):
+        for call in (desk.before, lambda *a: desk.translate(*a, [], 0)):
             with pytest.raises(DataError, match="only uploaded files are read"):
                 call(str(path), "AtoB")
     with pytest.raises(DataError, match="no image yet"):
