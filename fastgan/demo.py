@@ -32,7 +32,6 @@ from fastgan.checkpoint import CheckpointError, choices
 from fastgan.config import UsageError, fail, parse
 from fastgan.data.augment import match_channels
 from fastgan.data.images import (
-    WRITE_SUFFIXES,
     DataError,
     Probe,
     from_unit,
@@ -42,11 +41,13 @@ from fastgan.data.images import (
     type_range,
     write_image,
 )
+from fastgan.files import Output, check, translate_file
 from fastgan.inference import Generator, load_generator
 
 PREVIEW = 2048  # longest side in pixels of what the page shows
 READY = " Not translated yet."
 KEEP = 3600  # seconds that an upload and its translation stay on the disk
+Direction = Literal["AtoB", "BtoA"] | None
 FAULTS = (DataError, UsageError, CheckpointError)
 
 
@@ -65,25 +66,27 @@ class Arguments:
 
 
 def translate_upload(
-    generator: Generator, source: Path, target: Path, tile: int | Literal["auto"]
-) -> list[Path]:
-    """Translate a file in its depth; the results, one per page, have target's name and where it can hold them
-    the source's format, else PNG or TIFF."""
-    images, written = read_images(source), []
-    for number, image in enumerate(images):
-        name = target.stem if len(images) == 1 else f"{target.stem}_page{number:03d}"
-        result = generator(image, tile=tile, folder=target.parent)
-        suffixes = [source.suffix.lower(), ".png", ".tif"]
-        for suffix in (s for s in suffixes if s in WRITE_SUFFIXES):
-            try:
-                write_image(target.with_name(name + suffix), result)
-            except DataError:
-                if suffix == ".tif":
-                    raise
-            else:
-                written.append(target.with_name(name + suffix))
-                break
-    return written
+    generator: Generator, source: Path, target: Path, dtype: np.dtype[Any], how: Output
+) -> tuple[list[Path], set[str]]:
+    """Translate a file of values of a type; returns the results and remarks.
+
+    target: in a folder of its own; it gets the suffix of the source, or .png or .tif where that cannot hold
+    the result.
+    """
+    blank = np.zeros(
+        (1, 1, generator.channels[1]), generator.dtypes[1] if dtype == generator.dtypes[0] else dtype
+    )
+    name = target.name
+    for suffix in (source.suffix.lower(), ".png", ".tif"):
+        target = target.with_name(name + suffix)
+        try:
+            write_image(target, blank)
+            target.unlink()
+            break
+        except DataError:
+            continue
+    notes = translate_file(generator, source, target, how)
+    return sorted(target.parent.iterdir()), notes
 
 
 def preview(image: np.ndarray, value_range: tuple[float, float]) -> Image.Image:
@@ -118,62 +121,60 @@ class Desk:
         except UsageError:
             self.tiles = False
 
-    def _load(self, direction: Literal["AtoB", "BtoA"] | None) -> Generator:
+    def _load(self, direction: Direction) -> Generator:
         given, label = self.given, [0.0] * self.labels or None
         return load_generator(
             given.run, direction, label=label, device=given.device, precision=given.precision
         )
 
-    def check(self, path: str | None, direction: Literal["AtoB", "BtoA"] | None) -> Probe:
-        """What the header of an upload tells; DataError if it is no image, or none for this generator."""
+    def look(self, path: str | None, direction: Direction) -> tuple[Path, Probe]:
+        """An upload and what its header tells; DataError if it is no image, or none for this generator."""
         if path is None:
             raise DataError("no image yet: drop one on the field, or click on it")
-        if not Path(path).resolve().is_relative_to(self.folder):
+        source, generator = Path(path), self.generator(direction)
+        if not source.resolve().is_relative_to(self.folder):
             raise DataError("only uploaded files are read")
-        found, generator = probe(path, max_pixels=self.given.max_pixels), self.generator(direction)
-        if match_channels(np.empty((1, 1, found.channels), found.dtype), generator.channels[0]) is None:
-            raise DataError(
-                f"{path}: has {found.channels} channels, the generator was trained on {generator.channels[0]}"
-            )
-        return found
+        found = probe(source, pages=generator.pages, max_pixels=self.given.max_pixels)
+        have, want = found.channels, generator.channels[0]
+        if match_channels(np.empty((1, 1, have), found.dtype), want) is None:
+            raise DataError(f"{path}: has {have} channels, the generator was trained on {want}")
+        return source, found
 
-    def before(self, path: str | None, direction: Literal["AtoB", "BtoA"] | None) -> tuple[Image.Image, str]:
+    def before(self, path: str | None, direction: Direction) -> tuple[Image.Image, str]:
         """Preview of an upload and a line about it."""
-        found = self.check(path, direction)
-        assert path is not None
-        image, generator = read_images(path)[0], self.generator(direction)
-        own = image.dtype == generator.dtypes[0]
-        return preview(
-            image, generator.ranges[0] if own else type_range(image.dtype)
-        ), f"{_about(found)}.{READY}"
+        source, found = self.look(path, direction)
+        return self._shown(source, direction, found.dtype, 0), f"{_about(found)}. Not translated yet."
 
     def translate(
-        self,
-        path: str | None,
-        direction: Literal["AtoB", "BtoA"] | None,
-        label: Sequence[int],
-        tile: float,
-    ) -> tuple[tuple[Image.Image, Image.Image], list[str], str]:
+        self, path: str | None, direction: Direction, label: Sequence[int], tile: float
+    ) -> tuple[tuple[Image.Image, Image.Image], list[Path], str]:
         """Previews of both sides, the files of the result and a line about them. label: places of its ones;
         tile: side in pixels, 0 for "auto"."""
-        before, line = self.before(path, direction)
-        assert path is not None
+        source, found = self.look(path, direction)
         generator = self.generator(direction)
+        how = Output(tile=int(tile) or "auto", max_pixels=self.given.max_pixels)
+        check(generator, how)
         if self.labels:
             generator.net.label = torch.zeros(self.labels, device=generator.device)
             generator.net.label[list(label)] = 1
-        source, start = Path(path), time.perf_counter()
         target = Path(tempfile.mkdtemp(dir=self.folder)) / f"{source.stem}_{direction or 'translated'}"
-        files = translate_upload(generator, source, target, int(tile) or "auto")
-        seconds, result = time.perf_counter() - start, read_images(files[0])[0]
-        # an image of another type than that of the training is in its type's full range, its result too
-        own = probe(source).dtype == generator.dtypes[0]
-        after = preview(result, generator.ranges[1] if own else type_range(result.dtype))
+        start = time.perf_counter()
+        files, notes = translate_upload(generator, source, target, found.dtype, how)
+        seconds = time.perf_counter() - start
+        before, after = (self._shown(f, direction, found.dtype, k) for k, f in enumerate((source, files[0])))
         way = f" {direction[0]} to {direction[-1]}" if direction else ""
-        line = f"{line.removesuffix(READY)} Translated{way} in {seconds:.1f} s."
-        if max(result.shape[:2]) > PREVIEW:
-            line += f" Shown reduced to {PREVIEW} pixels; the result has all of them."
-        return (before, after), [str(file) for file in files], line
+        lines = [_about(found), f"Translated{way} in {seconds:.1f} s", *sorted(notes)]
+        if max(found.height, found.width) > PREVIEW:
+            lines.append(f"Shown reduced to {PREVIEW} pixels; the result has all of them")
+        return (before, after), files, ". ".join(lines) + "."
+
+    def _shown(self, file: Path, direction: Direction, dtype: np.dtype[Any], end: int) -> Image.Image:
+        """Preview of the input (end 0) or the output (end 1) of a translation of values of a type."""
+        generator = self.generator(direction)
+        image = read_images(file, pages=generator.pages)[0]
+        # an image of another type than that of the training is in its type's full range, its result too
+        own = dtype == generator.dtypes[0]
+        return preview(image, generator.ranges[end] if own else type_range(image.dtype))
 
 
 def _kind(channels: int, dtype: np.dtype[Any]) -> str:
@@ -191,19 +192,12 @@ def _said(path: str | None) -> Iterator[None]:
     """Turn what went wrong into a message of the page, without the folder that an upload lies in."""
     import gradio as gr
 
-    text = ""
     try:
         yield
     except FAULTS as error:
-        text = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(error):
-            raise
-        text = "not enough memory: try a smaller image, or smaller tiles under Advanced"
-    if text:
-        text = text.replace(str(path), Path(path).name) if path else text
+        text = str(error).replace(str(path), Path(path).name) if path else str(error)
         # the page takes a message for HTML
-        raise gr.Error(html.escape(text), duration=None, print_exception=False)
+        raise gr.Error(html.escape(text), duration=None, print_exception=False) from None
 
 
 def page(desk: Desk) -> Any:
@@ -220,7 +214,7 @@ def page(desk: Desk) -> Any:
     def translate(path: str | None, direction: Any, label: Sequence[int], tile: float) -> Any:
         with _said(path):
             pictures, files, line = desk.translate(path, direction, label, tile)
-            return pictures, gr.File(files, visible=True), line
+            return pictures, gr.File([str(file) for file in files], visible=True), line
 
     with gr.Blocks(
         title=f"fastgan: {given.run.name}", analytics_enabled=False, delete_cache=(600, KEEP)

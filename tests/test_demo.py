@@ -340,22 +340,36 @@ def test_formats_pages_and_tiles(weights: Path, tmp_path: Path) -> None:
     assert desk.tiles
     (before, _), files, line = desk.translate(str(tmp_path / "two.tif"), "BtoA", [], 0)
     assert np.array_equal(np.asarray(before), NOISE) and "2 pages of which the first is shown" in line
-    assert [Path(f).name for f in files] == ["two_BtoA_page000.tif", "two_BtoA_page001.tif"]
-    assert np.array_equal(read_images(files[1])[0], translate(255 - NOISE))
+    assert [f.name for f in files] == ["two_BtoA.tif"]
+    assert np.array_equal(read_images(files[0])[1], translate(255 - NOISE))
     _, files, _ = desk.translate(str(tmp_path / "in.ppm"), "BtoA", [], 32)
-    assert Path(files[0]).name == "in_BtoA.png"
+    assert [f.name for f in files] == ["in_BtoA.ppm"]
     # in tiles sums are in another order
     difference = read_images(files[0])[0].astype(int) - translate(NOISE)
     assert np.abs(difference).max() <= 1
 
 
-def test_memory_that_is_used_up_is_a_message() -> None:
-    gradio = pytest.importorskip("gradio")
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        with pytest.raises(gradio.Error, match="not enough memory"), demo._said("in.png"):
-            raise error
-    with pytest.raises(RuntimeError, match="another fault"), demo._said("in.png"):
-        raise RuntimeError("another fault")
+@pytest.mark.parametrize(
+    ("name", "channels", "dtype", "suffix"),
+    [("a.v2.jpg", 1, "uint16", ".png"), ("a.png", 4, "uint8", ".tif"), ("a", 3, "uint8", ".png"),
+     ("a.npy", 2, "float32", ".npy"), ("a.webp", 1, "float32", ".tif")],
+)  # fmt: skip
+def test_a_result_that_the_format_cannot_hold_gets_another(
+    name: str, channels: int, dtype: str, suffix: str, tmp_path: Path
+) -> None:
+    """A generator from 8-bit RGB to the channels and type of another domain."""
+    about = {"ranges": [[0, 255], [0, 100]], "dtypes": ["uint8", dtype], "settings": {"output": "tanh"}}
+    net = ResnetGenerator(3, channels, ngf=2, blocks=1)
+    write_weights(tmp_path / "G.safetensors", net.state_dict(), about)
+    source = tmp_path / name
+    write_image(tmp_path / "in.npy" if name.endswith("npy") else tmp_path / "in.png", NOISE)
+    (tmp_path / ("in.npy" if name.endswith("npy") else "in.png")).rename(source)
+    desk = demo.Desk(given(tmp_path / "G.safetensors"), tmp_path)
+    (_, after), files, _ = desk.translate(str(source), None, [], 0)
+    assert [f.name for f in files] == [f"{source.stem}_translated{suffix}"]
+    result = read_images(files[0])[0]
+    assert result.dtype == dtype and result.shape == (36, 40, channels)
+    assert np.asarray(after).max() > result.max(), "shown from 0 to 100"
 
 
 def test_only_its_folder_is_read(weights: Path, tmp_path: Path) -> None:
