@@ -68,7 +68,13 @@ def server(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         try:
             line = program.stdout.readline()
             assert "http://127.0.0.1:" in line, (here / "stderr").read_text()
-            yield line.split(": ")[1].split()[0].rstrip("/"), here
+            address = line.split(": ")[1].split()[0].rstrip("/")
+            yield address, here
+            # in the middle of a translation that takes many seconds
+            np.save(here / "in.npy", np.zeros((1000, 6, 6, 3), np.uint8))
+            own = upload(address, "in.npy", (here / "in.npy").read_bytes())[0]
+            join(address, "last", "translate", own)
+            until(lambda: any(path.is_dir() for path in temporary.glob("*/uploads/tmp*")))
             program.send_signal(signal.SIGINT)
             assert program.wait(20) == 0
             errors = (here / "stderr").read_text()
@@ -207,17 +213,22 @@ def upload(address: str, name: str, data: bytes) -> Any:
     return json.loads(fetch(f"{address}/gradio_api/upload", body, **kind))
 
 
-def ask(address: str, *questions: tuple[str, str]) -> list[dict[str, Any]]:
-    """Send requests as the page does, (element, path) each, and give all that the server says of them."""
+def join(address: str, session: str, element: str, path: str) -> None:
     config = json.loads(fetch(f"{address}/config"))
     numbers = {c["props"].get("elem_id"): c["id"] for c in config["components"]}
+    which = next(d for d in config["dependencies"] if d["targets"][0][0] == numbers[element])
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    data = [file, "AtoB", [], 0][: len(which["inputs"])]
+    body = {"data": data, "fn_index": which["id"], "session_hash": session}
+    sent = json.dumps(body).encode()
+    fetch(f"{address}/gradio_api/queue/join", sent, **{"Content-Type": "application/json"})
+
+
+def ask(address: str, *questions: tuple[str, str]) -> list[dict[str, Any]]:
+    """Send requests as the page does, (element, path) each, and give all that the server says of them."""
     session = f"s{time.monotonic_ns()}"
     for element, path in questions:
-        which = next(d for d in config["dependencies"] if d["targets"][0][0] == numbers[element])
-        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        body = {"data": [file, "AtoB", [], 0][: len(which["inputs"])], "fn_index": which["id"]}
-        sent = json.dumps(body | {"session_hash": session}).encode()
-        fetch(f"{address}/gradio_api/queue/join", sent, **{"Content-Type": "application/json"})
+        join(address, session, element, path)
     stream = fetch(f"{address}/gradio_api/queue/data?session_hash={session}").decode()
     return [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
 
