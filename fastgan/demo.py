@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import html
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -350,12 +351,24 @@ def _free_port(host: str, port: int) -> int:
         ) from None
 
 
+def _remove(folder: Path) -> None:
+    # more than once: a translation under way may make its folder again
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        if not folder.exists():
+            return
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Serve the page; exit code 0 after Ctrl-C, or 2 with one line about what is wrong."""
     try:
         given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.demo")
-        with tempfile.TemporaryDirectory(prefix="fastgan-demo-", ignore_cleanup_errors=True) as folder:
-            serve(given, Path(folder))
+        folder = Path(tempfile.mkdtemp(prefix="fastgan-demo-"))
+        try:
+            serve(given, folder)
+        finally:
+            _remove(folder)
     except FAULTS as error:
         fail(error)
     sys.stdout.flush()
