@@ -375,6 +375,39 @@ def load_generator(
     )  # fmt: skip
 
 
+class Choices(NamedTuple):
+    """What a user of a checkpoint can choose.
+
+    directions: that `load_generator` takes and that differ, the one of training first; () where nothing tells
+    which way a generator goes. labels: numbers in a label, 0 but for StarGAN.
+    """
+
+    directions: tuple[Literal["AtoB", "BtoA"], ...]
+    labels: int
+
+
+def choices(path: Path | str) -> Choices:
+    """What can be chosen of a run or checkpoint folder or a file, without building a network.
+
+    Raises:
+        CheckpointError: nothing there, or unreadable.
+    """
+    path = Path(path)
+    found: dict[Literal["AtoB", "BtoA"], Path] = {}
+    if path.is_dir():
+        ways: tuple[Literal["AtoB", "BtoA"], ...] = ("AtoB", "BtoA")
+        for way in ways:
+            with contextlib.suppress(UsageError):
+                found[way] = _file_in(path, way)
+    differ = len(set(found.values())) == len(found)
+    if differ and len(found) == 2:
+        trained = _file_in(path, None)
+        found = dict(sorted(found.items(), key=lambda item: item[1] != trained))
+    file = next(iter(found.values()), path)
+    labels = int(describe(read_weights(file)[0]).get("labels", 0))
+    return Choices(tuple(found) if differ else (), labels)
+
+
 def _network(file: Path) -> str:
     """Upstream's name of the network in a file, an empty string for other names."""
     found = re.fullmatch(r"\w+_net_(G(?:_[AB])?)\.pth|\d+-(G)\.ckpt", file.name)

@@ -354,6 +354,9 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
     write_image(tmp_path / "c.tif", _random(40, 50, 7))
     write_image(tmp_path / "d.npy", _random(40, 50, 7))
     tifffile.imwrite(tmp_path / "e.tif", _random(2, 20, 50), photometric="minisblack")
+    with tifffile.TiffWriter(tmp_path / "f.tif") as tiff:  # pages of two sizes
+        for height in (10, 30):
+            tiff.write(_random(height, 50), photometric="minisblack")
     for path in list_images(tmp_path):
         for read in (read_images, probe):
             read(path, max_pixels=2000)

@@ -77,6 +77,7 @@ MAY_IMPORT = {
     "compare": {"config", "gallery"},
     "evaluate": {"device", *LEAVES, "models", "recipes", "trainer"},
     "export": {*LEAVES, "models"},
+    "demo": {*LEAVES, "files", "inference", "tiling"},
 }
 
 

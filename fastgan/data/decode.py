@@ -38,15 +38,17 @@ class Limit:
 
     def __init__(self, path: Path, pixels: int, header_only: bool) -> None:
         self.path, self.pixels, self.header_only = path, pixels, header_only
+        self.counted = 0
 
     def check(self, pixels: int, channels: int = 1) -> None:
-        """Raises TooLarge beyond the limit."""
+        """Count one more part of the file; raises TooLarge beyond the limit."""
         if pixels == 0:
             raise DataError(f"{self.path}: holds no pixels")
-        counted = pixels * max(1, channels // 4)
-        if counted > self.pixels:
+        self.counted += pixels * max(1, channels // 4)
+        if self.counted > self.pixels:
             raise TooLarge(
-                f"{self.path}: {counted:,} pixels are more than the limit of {self.pixels:,}; make it smaller"
+                f"{self.path}: {self.counted:,} pixels are more than the limit of {self.pixels:,}; "
+                "make it smaller"
             )
 
 
