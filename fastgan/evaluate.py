@@ -257,7 +257,9 @@ def table(found: Found) -> str:
     up, down = ("\u2191", "\u2193") if _prints("\u2191\u2193") else ("higher is better", "lower is better")
     wide = max([SHORTEST, *(len(name) for name in found.values)])
     lines = []
-    for name, value in found.values.items():
+    order = [name for each in metrics.MEASURES for name in found.values if metrics.stem(name) == each]
+    for name in order:
+        value = found.values[name]
         higher = metrics.measure_of(name).higher
         arrow = "" if higher is None else up if higher else down
         lines.append(f"  {name:{wide}} {value:.4f} {arrow}".rstrip())

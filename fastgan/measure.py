@@ -145,9 +145,7 @@ def prepare(
         raise UsageError(f"--palette needs {NEEDS['pairs']}")
     tools = Tools(set(), samples=samples)
     states = _read(weights, tools.files)
-    chosen, extra = (
-        {name.removesuffix("_A").removesuffix("_B") for name in names} for names in (measures, besides)
-    )
+    chosen, extra = ({metrics.stem(name) for name in names} for names in (measures, besides))
     for name in sorted(chosen | extra):
         if MEASURES[name].needs not in has:
             raise UsageError(f"{name} needs {NEEDS[MEASURES[name].needs]}")
@@ -184,9 +182,7 @@ def _read(weights: Sequence[Path | str], files: dict[str, Any]) -> dict[str, dic
                 f"--weights {path}: neither torch-fidelity's Inception network nor torchvision's AlexNet or "
                 f"VGG16; its keys are {', '.join(list(state)[:3])}, ..."
             )
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
-            sha = digest.hexdigest() if digest else hashlib.sha256(file.read()).hexdigest()
+        sha = hashlib.sha256(path.read_bytes()).hexdigest()
         states["inception" if network == "inception" else "alexnet"] = state
         files[network] = {"weights": path.name, "sha256": sha}
     return states
@@ -468,7 +464,7 @@ class Evaluation:
     def better(self, values: Mapping[str, float], step: int) -> dict[str, Any]:
         """What a checkpoint is the best by, where it is; of a measure in both domains the mean counts."""
         name = self.name
-        found = [v for k, v in values.items() if name in (k, k.removesuffix("_A").removesuffix("_B"))]
+        found = [v for k, v in values.items() if name in (k, metrics.stem(k))]
         value = sum(found) / len(found) if found else math.nan
         if not name or not math.isfinite(value):
             return {}

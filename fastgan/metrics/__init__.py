@@ -12,7 +12,7 @@ from fastgan.metrics.classifier import (
 from fastgan.metrics.labels import Palette, label_scores
 from fastgan.metrics.learned import Lpips, Spool, inception_measures
 from fastgan.metrics.pixels import as_rgb, background_distance, l1, mean_distance, psnr, ssim
-from fastgan.metrics.table import MEASURES, NEEDS, Measure, measure_of
+from fastgan.metrics.table import MEASURES, NEEDS, Measure, measure_of, stem
 
 __all__ = [
     "MEASURES",
@@ -35,5 +35,6 @@ __all__ = [
     "mean_distance",
     "psnr",
     "ssim",
+    "stem",
     "train_classifier",
 ]

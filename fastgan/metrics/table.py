@@ -48,13 +48,18 @@ NEEDS = {
 }
 
 
+def stem(name: str) -> str:
+    """A value's name without the domain behind it."""
+    return name.removesuffix("_A").removesuffix("_B")
+
+
 def measure_of(name: str) -> Measure:
     """The measure of a value's name, with or without the domain behind it.
 
     Raises:
         UsageError: unknown.
     """
-    found = MEASURES.get(name) or MEASURES.get(name.removesuffix("_A").removesuffix("_B"))
+    found = MEASURES.get(stem(name))
     if found is None:
         near = difflib.get_close_matches(name, MEASURES, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(MEASURES)}"
