@@ -29,6 +29,7 @@ from fastgan.config import UsageError
 from fastgan.models import GENERATORS, build
 
 State = dict[str, Tensor]
+BEST, OLD_BEST = "best", ".old_best"
 
 
 class CheckpointError(ValueError):
@@ -99,6 +100,7 @@ def save(
     about: dict[str, Any],
     *,
     keep: int = 1,
+    best: bool = False,
 ) -> Path:
     """Write one checkpoint and then remove all but the newest `keep` older ones.
 
@@ -109,12 +111,14 @@ def save(
         state: every other tensor needed to go on.
         about: JSON values kept with all files, read back by `header`.
         keep: older checkpoints that stay.
+        best: write `best` in place of the earlier one of that name; nothing else is removed.
 
     Raises:
         CheckpointError: disk full or not writable; the earlier checkpoints are untouched.
     """
-    final, temporary = folder / f"step_{step:08d}", folder / f".writing_{step:08d}"
-    if final.exists():
+    name = BEST if best else f"step_{step:08d}"
+    final, temporary = folder / name, folder / f".writing_{step:08d}"
+    if final.exists() and not best:
         return final
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +129,10 @@ def save(
             _write(temporary / f"{name}.safetensors", weights, about | {"network": name})
         _write(temporary / "state.safetensors", state, about)
         _sync(temporary)
+        if best:
+            shutil.rmtree(folder / OLD_BEST, ignore_errors=True)
+            if final.exists():
+                final.replace(folder / OLD_BEST)
         temporary.replace(final)
         _sync(folder)
     except (OSError, SafetensorError) as error:
@@ -135,9 +143,27 @@ def save(
         rest = f"; {older[-1]} is untouched" if older else "; there is no earlier checkpoint"
         hint = ": free some space and run the same command again" if full else ""
         raise CheckpointError(f"checkpoint {final} could not be saved, {reason}{rest}{hint}") from error
+    if best:
+        shutil.rmtree(folder / OLD_BEST, ignore_errors=True)
+        return final
     for old in checkpoints(folder)[: -1 - keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def best_of(folder: Path) -> dict[str, Any]:
+    """What the best checkpoint in a run's `checkpoints` folder is the best by: "measure", "value" and "step";
+    {} where there is none.
+
+    Raises:
+        CheckpointError: it is not readable.
+    """
+    final, old = folder / BEST, folder / OLD_BEST
+    if old.is_dir() and not final.exists():
+        # a crash came between two renames
+        old.replace(final)
+    found = header(final / "state.safetensors") if (final / "state.safetensors").is_file() else {}
+    return found.get("best", {})
 
 
 def header(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ FREE_ON_RESUME = {
     *("device", "compile", "capture", "memory", "data_on", "threads", "runs", "name", "preset"),
     *("epochs", "epochs_decay", "steps"),
     *("log_every", "sample_every", "save_every", "keep", "tensorboard"),
+    *("evaluate_every", "keep_best", "measures", "weights", "palette"),
 }
 AT_LEAST_ONE = (
     *("load_size", "crop_size", "ngf", "ndf", "n_critic", "batch_size", "accumulate", "steps"),
@@ -36,7 +37,7 @@ AT_LEAST_ONE = (
 )
 AT_LEAST_ZERO = (
     *("blocks", "pool_size", "epochs", "epochs_decay", "lr", "lr_d", "clip", "lambda_gp", "init_gain"),
-    *("d_real_weight", "d_fake_weight", "seed"),
+    *("d_real_weight", "d_fake_weight", "seed", "evaluate_every"),
 )
 
 
@@ -117,6 +118,11 @@ class Config:
     save_every: int = 500  # steps between two checkpoints
     keep: int = 1  # checkpoints kept besides the one being written
     tensorboard: bool = False  # also write TensorBoard events
+    evaluate_every: int = 0  # epochs between two evaluations on the test images; 0 is off
+    keep_best: str = ""  # a measure: the checkpoint that is best by it stays in checkpoints/best
+    measures: tuple[str, ...] = ()  # what is measured; default: what is quick and needs no further file
+    weights: tuple[str, ...] = ()  # files of the networks behind fid ... and lpips, see evaluate
+    palette: str = ""  # colours of classes, for label maps, see evaluate
     preset: str = ""  # named settings that the other flags change; see --help of the recipe
 
     def __post_init__(self) -> None:
@@ -143,6 +149,8 @@ class Config:
             raise UsageError("--epochs and --epochs-decay are both 0: nothing to train")
         if "crop" in self.preprocess and "resize" in self.preprocess and self.crop_size > self.load_size:
             raise UsageError(f"--crop-size {self.crop_size} is larger than --load-size {self.load_size}")
+        if self.keep_best and not self.evaluate_every:
+            raise UsageError("--keep-best needs --evaluate-every N")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..") or "\\" in self.name):
             raise UsageError(f"--name must be a plain folder name, got {self.name!r}")
 

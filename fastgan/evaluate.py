@@ -1,132 +1,297 @@
-"""python -m fastgan.evaluate RUN: measure a trained run on its held-out images, as a table and as
-RUN/evaluation.json."""
+"""python -m fastgan.evaluate RUN_OR_CHECKPOINT: measure a trained system on its held-out images; or
+--real DIR --fake DIR: two folders of images, whoever made them. A table, and the same as evaluation.json."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 from torch import Tensor
+from tqdm import tqdm
 
 from fastgan import checkpoint, metrics
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import Config, UsageError, fail, from_json, parse, read_json, write_text
-from fastgan.data.dataset import Data
-from fastgan.data.digits import make_digits
-from fastgan.data.images import DataError
+from fastgan.data.dataset import open_data
+from fastgan.data.folders import find_layout
+from fastgan.data.images import DataError, list_images, read_images, to_unit
 from fastgan.device import pick_device
-from fastgan.models import translate_any_size
+from fastgan.measure import Found, Pairs, System, Tools, inception, measure, prepare
 from fastgan.recipes import RECIPES
 from fastgan.recipes.base import Direction, Nets, Recipe
 from fastgan.trainer import open_images
+
+SHORTEST = 24  # columns of the names in the table
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What `python -m fastgan.evaluate` takes."""
 
-    run: tyro.conf.Positional[Path]  # run folder
+    run: tyro.conf.Positional[Path | None] = None  # run or checkpoint folder, or one file of weights
+    data: Path | None = None  # folder with the images, as in training; default: those of the run
+    real: Path | None = None  # folder of real images, in place of a run
+    fake: Path | None = None  # folder of generated images; equal names make pairs
+    measures: tuple[str, ...] = ()  # names from the table of README; default: all that need no further file
+    weights: tuple[Path, ...] = ()  # Inception network for fid ..., AlexNet or VGG16 for lpips
+    palette: str = ""  # cityscapes, or a file of the colours of classes, for label maps
+    samples: int = 0  # translations of one image with dropout, for diversity
+    range: tuple[float, float] | None = None  # values of --real and --fake that are black and white
+    direction: Literal["AtoB", "BtoA"] | None = None  # of one file of weights
+    max_images: int | None = None  # use only the first images
+    output: Path | None = None  # the JSON file; default: evaluation.json in the run or the folder --fake
     device: str = "auto"  # cuda, cuda:1, mps, cpu
 
 
 def load_run(run: Path, device: torch.device) -> tuple[Recipe, Nets, int]:
-    """Recipe, generators in evaluation mode (averaged ones where the run has them) and the step of the newest
-    checkpoint.
+    """Recipe, generators in evaluation mode (averaged ones where the run has them) and the step of a run's
+    newest checkpoint or of a checkpoint folder.
 
     Raises:
         CheckpointError, UsageError: not a run, or nothing saved yet.
     """
-    if not (run / "config.json").is_file():
-        raise CheckpointError(f"{run} is not a run folder: config.json is missing")
-    about = read_json(run / "config.json")
-    found = checkpoint.checkpoints(run / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{run} has no checkpoint yet")
+    if (run / "state.safetensors").is_file():
+        folder = run
+    else:
+        if not (run / "config.json").is_file():
+            raise CheckpointError(f"{run} is not a run folder: config.json is missing")
+        found = checkpoint.checkpoints(run / "checkpoints")
+        if not found:
+            raise CheckpointError(f"{run} has no checkpoint yet")
+        folder = found[-1]
+    weights, _, header = checkpoint.load(folder)
+    about = read_json(run / "config.json") if folder != run else header
+    if about.get("recipe") not in RECIPES:
+        raise CheckpointError(f"{run} is of the recipe {about.get('recipe')}, which is not known here")
     cls = RECIPES[about["recipe"]]
     recipe = cls(from_json(cls.config_class, about["settings"]))
-    weights, _, header = checkpoint.load(found[-1])
     nets = recipe.networks(*about["channels"])
     for name in recipe.generators:
         kept = f"{name}_ema" if f"{name}_ema" in weights else name
-        checkpoint.load_into(nets[name], weights[kept], str(found[-1] / f"{kept}.safetensors"))
+        checkpoint.load_into(nets[name], weights[kept], str(folder / f"{kept}.safetensors"))
     return recipe, {name: nets[name].to(device).eval() for name in recipe.generators}, header["step"]
 
 
-def measure(recipe: Recipe, nets: Nets, data: Data, device: torch.device) -> dict[str, float]:
-    """All measures that the images allow, in 0..1, each image translated alone."""
-    config: Config = recipe.config
-    out: dict[str, float] = {}
-    for way in recipe.directions.values():
-        sums: dict[str, float] = {}
-        kept = []
-        count = data.shown.len_A if way.source == "A" else data.shown.len_B
-        for k in range(count):
-            x = data.shown.images(way.source, k, k + 1, device=device, output_range=config.output)
-            fake, again = _translated(nets, way, x)
-            found: dict[str, float] = {}
-            if again is not None:
-                found[f"cycle_l1_{way.source}"] = metrics.l1(_unit(again, config), _unit(x, config))
-            if recipe.paired:
-                true = data.shown.images(way.target, k, k + 1, output_range=config.output)
-                found["l1"] = metrics.l1(_unit(fake, config), _unit(true, config))
-                found["psnr_db"] = metrics.psnr(_unit(fake, config), _unit(true, config))
-            sums = {key: sums.get(key, 0.0) + value for key, value in found.items()}
-            kept += [_unit(fake, config)] if config.data is None else []
-        out |= {key: value / count for key, value in sums.items()}
-        if kept and way.target == "B" and config.direction == "AtoB":
-            out |= _digits(recipe, data, torch.cat(kept))
-    return out
+@contextlib.contextmanager
+def _of_run(given: Arguments, run: Path, device: torch.device) -> Iterator[tuple[System, int | None]]:
+    """The system of a run or checkpoint folder of ours, and its step."""
+    recipe, nets, step = load_run(run, device)
+    changes = {"data": given.data} if given.data else {}
+    if given.max_images:
+        changes["max_images"] = given.max_images  # type: ignore[assignment]
+    own = run if (run / "config.json").is_file() else run.resolve().parents[1]
+    with contextlib.ExitStack() as stack:
+        if changes or not (own / "config.json").is_file():
+            recipe = type(recipe)(dataclasses.replace(recipe.config, **changes))
+            own = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield System.of(recipe, nets, open_images(recipe, own, progress=sys.stderr.isatty()), device), step
 
 
-@torch.no_grad()
-def _translated(nets: Nets, way: Direction, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    fake = translate_any_size(nets[way.net], x)
-    return fake, translate_any_size(nets[way.back], fake) if way.back else None
+@contextlib.contextmanager
+def _of_file(given: Arguments, path: Path, device: torch.device) -> Iterator[tuple[System, int | None]]:
+    """The system of one generator from anywhere."""
+    loaded = checkpoint.load_generator(path, given.direction)
+    if given.data is None:
+        raise UsageError(f"{path} does not say on which images: give --data FOLDER")
+    about, name = loaded.about, loaded.about.get("network", "")
+    direction = given.direction or about.get("settings", {}).get("direction", "AtoB")
+    if not given.direction and name.startswith("G_B"):
+        direction = "BtoA" if direction == "AtoB" else "AtoB"
+    ends = (0, 1) if direction == "AtoB" else (1, 0)
+    paired = True
+    try:
+        find_layout(given.data, paired=True)
+    except DataError:
+        paired = False
+    ranges = loaded.ranges if about else (None, None)
+    keys = ("preprocess", "load_size", "crop_size", "pages")
+    size = Config(load_size=256) if not about else from_json(Config, about.get("settings", {}))
+    with tempfile.TemporaryDirectory() as cache:
+        data = open_data(
+            given.data, paired=paired, direction=direction, channels=loaded.channels[ends[0]],
+            channels_b=loaded.channels[ends[1]], range_a=ranges[ends[0]], range_b=ranges[ends[1]],
+            max_images=given.max_images, cache=cache, progress=sys.stderr.isatty(),
+            **{key: getattr(size, key) for key in keys},
+        )  # fmt: skip
+        ways = [Direction("G", "A", "B")]
+        yield System({"G": loaded.net.to(device)}, ways, data, loaded.output, device, paired), None
 
 
-def _unit(x: Tensor, config: Config) -> Tensor:
-    return (x.float() / 2 + 0.5 if config.output == "tanh" else x.float()).cpu()
+class _Folder:
+    """The images of a folder by name, in 0..1; those that cannot be read are listed in `bad`."""
+
+    def __init__(self, folder: Path, given: Arguments) -> None:
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder")
+        files = list_images(folder)[: given.max_images]
+        if not files:
+            raise DataError(f"{folder} holds no images")
+        self.folder, self.range, self.bad = folder, given.range, list[str]()
+        self.files: dict[str, Path] = {}
+        for file in files:
+            name = file.relative_to(folder).with_suffix("").as_posix()
+            if name in self.files:
+                twins = f"{self.files[name].name} and {file.name}"
+                raise DataError(f"{folder}: {twins} have the same name: remove one")
+            self.files[name] = file
+
+    def read(self, name: str) -> Tensor | None:
+        """(1, C, H, W), the first page of several."""
+        try:
+            image = read_images(self.files[name])[0]
+        except DataError as error:
+            self.bad.append(str(error))
+            return None
+        return torch.from_numpy(to_unit(image, self.range)).clamp(0, 1).permute(2, 0, 1)[None]
 
 
-def _digits(recipe: Recipe, data: Data, fake_b: Tensor) -> dict[str, float]:
-    """What a classifier trained on real B reads in the translations, and how white their ground is."""
-    config: Config = recipe.config
-    train, test = (make_digits(split, paired=recipe.paired) for split in ("train", "test"))
-    real, held_out = (
-        _unit(split.images("B", 0, split.len_B, output_range=config.output), config)
-        for split in (data.train, data.test)
-    )
-    # --max-images takes the first ones
-    reader = metrics.train_classifier(real, torch.from_numpy(train.labels_B)[: len(real)])
-    labels_a, labels_b = torch.from_numpy(test.labels_A), torch.from_numpy(test.labels_B)
-    return {
-        "digit_accuracy_real_B": metrics.accuracy(reader, held_out, labels_b[: len(held_out)]),
-        "digit_accuracy_fake_B": metrics.accuracy(reader, fake_b, labels_a[: len(fake_b)]),
-        "background_distance": metrics.background_distance(
-            fake_b, torch.from_numpy(test.ink_A)[: len(fake_b)]
-        ),
-    }
+def measure_folders(real: _Folder, fake: _Folder, tools: Tools, device: torch.device) -> Found:
+    """All chosen measures of generated against real images, read one by one.
+
+    Raises:
+        DataError: no image of a folder can be read. UsageError: images that a measure cannot take.
+    """
+    found = Found(notes=list(tools.notes))
+    pairs = Pairs(tools, labelled=True)
+    spools = {id(folder): metrics.Spool() for folder in (real, fake)}
+    kept: dict[int, list[tuple[str, Tensor]]] = {id(real): [], id(fake): []}
+    keep, counted = tools.wants("tstr", "trts"), {id(real): 0, id(fake): 0, "pairs": 0}
+
+    def take(folder: _Folder, name: str) -> Tensor | None:
+        image = folder.read(name)
+        if image is not None:
+            counted[id(folder)] += 1
+            if tools.inception is not None:
+                spools[id(folder)].append(image)
+            if keep:
+                kept[id(folder)].append((name, metrics.small(image)))
+        return image
+
+    names = list(dict.fromkeys([*fake.files, *real.files]))
+    for name in tqdm(names, unit="img", disable=not sys.stderr.isatty()):
+        x = take(fake, name) if name in fake.files else None
+        y = take(real, name) if name in real.files else None
+        if x is None or y is None or not pairs.needed:
+            continue
+        if x.shape[2:] != y.shape[2:]:
+            sizes = [f"{image.shape[3]}x{image.shape[2]}" for image in (x, y)]
+            fake.bad.append(f"{fake.files[name]}: {sizes[0]} pixels, its partner has {sizes[1]}")
+            continue
+        if x.shape[1] != y.shape[1]:
+            x, y = metrics.as_rgb(x), metrics.as_rgb(y)
+        pairs.add(x, y)
+        counted["pairs"] += 1
+    for folder in (real, fake):
+        if not counted[id(folder)]:
+            raise DataError(f"{folder.folder}: none of the images can be read; the first: {folder.bad[0]}")
+    pairs.finish(found, "", tools)
+    found.details["images"] = {
+        "real": counted[id(real)], "fake": counted[id(fake)], "pairs": counted["pairs"],
+        "skipped": fake.bad + real.bad,
+    }  # fmt: skip
+    if tools.inception is not None:
+        inception(spools[id(fake)], spools[id(real)], tools, device, found)
+    if keep:
+        sets = [([name for name, _ in kept[id(f)]], [x for _, x in kept[id(f)]]) for f in (real, fake)]
+        classes = metrics.class_folders(*(names for names, _ in sets))
+        x, y = (metrics.one_batch(images) for _, images in sets)
+        a, b = (metrics.class_numbers(names, classes) for names, _ in sets)
+        if tools.wants("tstr"):
+            reader = metrics.train_classifier(y, b, classes=len(classes))
+            found.values["tstr"] = metrics.accuracy(reader, x, a)
+        if tools.wants("trts"):
+            reader = metrics.train_classifier(x, a, classes=len(classes))
+            found.values["trts"] = metrics.accuracy(reader, y, b)
+    for bad in (fake.bad + real.bad)[:1]:
+        count = len(fake.bad) + len(real.bad)
+        found.notes.append(f"skipped {count} bad file{'s' if count > 1 else ''}, the first: {bad}")
+    return found
+
+
+def evaluate(given: Arguments) -> tuple[Found, str, Path, dict[str, object]]:
+    """What was found, a heading, where the JSON belongs, and what else belongs into it."""
+    device = pick_device(given.device)
+    wanted = {key: getattr(given, key) for key in ("measures", "weights", "palette", "samples")}
+    if (given.run is None) == (given.real is None or given.fake is None):
+        raise UsageError("give a run or checkpoint, or --real DIR and --fake DIR")
+    if given.run is None:
+        assert given.real is not None and given.fake is not None
+        real, fake = _Folder(given.real, given), _Folder(given.fake, given)
+        has = {"inception"} | ({"pairs"} if real.files.keys() & fake.files.keys() else set())
+        has |= {"classes"} if metrics.class_folders(list(real.files), list(fake.files)) else set()
+        tools = prepare(has, device, **wanted)
+        if not tools.names:
+            raise UsageError(
+                "no equal names, so no pairs; for fid, kid, ... give --weights or --measures fid"
+            )
+        found = measure_folders(real, fake, tools, device)
+        counted = found.details["images"]
+        heading = f"{given.fake} against {given.real}: {counted['fake']} and {counted['real']} images"
+        heading += f", {counted['pairs']} pairs"
+        return found, heading, given.fake / "evaluation.json", {}
+    ours = (given.run / "state.safetensors").is_file() or (given.run / "config.json").is_file()
+    if not given.run.exists() or (given.run.is_dir() and not ours and not given.data):
+        load_run(given.run, device)  # says what is missing
+    with (_of_run if ours else _of_file)(given, given.run, device) as (system, step):
+        tools = prepare(system.has(), device, **wanted)
+        found = measure(system, tools)
+    images = found.details["images"]
+    counts = f"{images['A']}" if images["A"] == images["B"] else f"{images['A']} and {images['B']}"
+    at = "" if step is None else f", step {step}"
+    heading = f"{given.run}{at}, {counts} {images['split']} images"
+    folder = given.run if given.run.is_dir() else given.run.parent
+    return found, heading, folder / "evaluation.json", {} if step is None else {"step": step}
+
+
+def table(found: Found) -> str:
+    """Names, values and an arrow in the direction that is better."""
+    up, down = ("\u2191", "\u2193") if _prints("\u2191\u2193") else ("higher is better", "lower is better")
+    wide = max([SHORTEST, *(len(name) for name in found.values)])
+    lines = []
+    order = [name for each in metrics.MEASURES for name in found.values if metrics.stem(name) == each]
+    for name in order:
+        value = found.values[name]
+        higher = metrics.measure_of(name).higher
+        arrow = "" if higher is None else up if higher else down
+        lines.append(f"  {name:{wide}} {value:.4f} {arrow}".rstrip())
+    for name, iou in found.details.get("class_iou", {}).items():
+        lines.append(f"  {'iou of ' + name:{wide}} {'does not occur' if iou is None else f'{iou:.4f}'}")
+    return "\n".join(lines)
+
+
+def _prints(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Evaluate; exit code 0, or 2 with one line about what is wrong."""
     try:
         given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.evaluate")
-        device = pick_device(given.device)
-        recipe, nets, step = load_run(given.run, device)
-        data = open_images(recipe, given.run, progress=sys.stderr.isatty())
-        found = measure(recipe, nets, data, device)
+        found, heading, path, about = evaluate(given)
+        path = given.output or path
+        write_text(path, json.dumps({**about, **found.values, "details": found.details}, indent=1))
     except (UsageError, DataError, CheckpointError) as error:
         fail(error)
-    write_text(given.run / "evaluation.json", json.dumps({"step": step, **found}, indent=1))
-    print(f"{given.run}, step {step}, {'test' if data.shown is data.test else 'training'} images")
-    for key, value in found.items():
-        print(f"  {key:24} {value:.4f}")
+    except OSError as error:
+        fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
+    print(heading)
+    print(table(found))
+    print(f"{path} holds the same with how it was computed")
+    for note in found.notes:
+        print(f"note: {' '.join(note.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def _clock(seconds: float) -> str:
 
 def _rank(name: str) -> int | None:
     """Place of a value on the terminal: losses of G, of D, then the others; None keeps it to the log file."""
-    if re.match(r"(grad|diversity|lr)(_|$)|.*_(real|fake)$", name):
+    if re.match(r"(grad|diversity|lr)(_|$)|eval/|.*_(real|fake)$", name):
         return None
     return 0 if re.fullmatch(r"G(_[A-Z]|_GAN)?", name) else 1 if re.fullmatch(r"D(_[A-Z])?", name) else 2
 
@@ -291,6 +291,10 @@ class Monitor:
         if self._bar is not None:
             self._bar.update(step - self._step)
         self._step = step
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was not spent on training out of the speed."""
+        self._since += seconds
 
     def report(self, step: int, epoch: int, values: Mapping[str, float]) -> list[str]:
         """Log the values of a step and show them.

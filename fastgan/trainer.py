@@ -30,6 +30,7 @@ from fastgan.data.feed import Loader, open_feed, resident_bytes
 from fastgan.data.resident import Resident, one_size
 from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
+from fastgan.measure import Evaluation
 from fastgan.memory import fit
 from fastgan.models import translate_any_size
 from fastgan.models.patchgan import smallest_side
@@ -118,6 +119,10 @@ class Trainer:
         self.total = config.steps or (config.epochs + config.epochs_decay) * self.steps_per_epoch
         self.done = 0
         self.stopped_by = 0
+        self.evaluation: Evaluation | None = None
+        with together(ranks):
+            if config.evaluate_every and self.rank == 0:
+                self.evaluation = Evaluation(recipe, self.data, self.device, self.run / "checkpoints")
 
     def _open(self) -> Data:
         """Device and images; the first rank decodes them into the cache, where the others then read them."""
@@ -268,15 +273,44 @@ class Trainer:
         each = self.ranks.collect(mine) if self.ranks else [mine]
         return {f"{k}.{rank}" if rank else k: v for rank, state in enumerate(each) for k, v in state.items()}
 
-    def save(self, random: dict[str, Tensor]) -> Path:
-        """Write a checkpoint of the finished steps, with the states of the random generators."""
+    def save(self, random: dict[str, Tensor], best: dict[str, Any] | None = None) -> Path:
+        """Write a checkpoint of the finished steps, with the states of the random generators; best: by what
+        it is the best so far, then it is written as that one."""
         nets = {name: net.state_dict() for name, net in self.step.nets.items()}
         nets |= {f"{name}_ema": net.state_dict() for name, net in self.step.ema.items()}
         state = self.step.state() | random
         header = {"step": self.done, "processes": self.size, **self._about()}
         return checkpoint.save(
-            self.run / "checkpoints", self.done, nets, state, header, keep=self.config.keep
-        )
+            self.run / "checkpoints", self.done, nets, state, header | ({"best": best} if best else {}),
+            keep=self.config.keep, best=bool(best),
+        )  # fmt: skip
+
+    def _evaluates(self, done: int) -> bool:
+        """Whether an evaluation comes after this many steps."""
+        n = self.config.evaluate_every
+        return n > 0 and (done == self.total or self._epoch(done) // n > self._epoch(done - 1) // n)
+
+    def _evaluate(self, monitor: Monitor, random: dict[str, Tensor]) -> dict[str, float]:
+        """Measure the generators and keep the best ones; values for the log."""
+        assert self.evaluation is not None
+        begin = time.perf_counter()
+        nets = {name: {**self.step.nets, **self.step.ema}[name] for name in self.recipe.generators}
+        for net in nets.values():
+            net.eval()
+        found = self.evaluation.run(nets)
+        for name in self.recipe.generators:
+            self.step.nets[name].train()
+        for note in found.notes:
+            monitor.note(note)
+        best = self.evaluation.better(found.values, self.done)
+        if best:
+            self.save(random, best)
+        if found.values:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in found.values.items())
+            kept = f"; the best {best['measure']} so far, in checkpoints/best" if best else ""
+            monitor.note(f"evaluation at step {self.done}: {shown}{kept}")
+        monitor.pause(time.perf_counter() - begin)
+        return {f"eval/{name}": value for name, value in found.values.items()}
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -355,7 +389,8 @@ class Trainer:
             several = [take() for _ in range(self.batches)]
             waited = time.perf_counter() - asked
             epoch, last = self._epoch(self.done), self.done + 1 == self.total
-            log = (self.done + 1) % c.log_every == 0 or last
+            judge = self._evaluates(self.done + 1)
+            log = (self.done + 1) % c.log_every == 0 or last or judge
             factor = lr_factor(c, epoch)
             terms = self.step(several, self.done, factor, watch=log)
             self.done += 1
@@ -371,13 +406,14 @@ class Trainer:
             if not (log or save or show):
                 continue
             values = self._read(terms) if log or save else {}
-            random = self._random() if save else {}
+            random = self._random() if save or judge else {}
             with together(self.ranks):
                 self._check_finite(values)
+                measured = self._evaluate(monitor, random) if monitor and judge else {}
                 if monitor and log:
                     values = {k: v for k, v in values.items() if k in terms}
                     rates = {f"lr_{k}": v * factor for k, v in self.step.base_lr.items()}
-                    monitor.report(self.done, epoch, values | rates)
+                    monitor.report(self.done, epoch, values | rates | measured)
                 if monitor and show:
                     self.sample()
                 if monitor and save:

@@ -195,7 +195,9 @@ def main(folder: Path, port: str) -> None:
     ranks.agreed = False
     steps = str(checkpoint.header(_newest(folder / "killed") / "state.safetensors")["step"] + 3)
     for name in ("killed", "one", "whole"):
-        run(RESUMED, folder, name, ranks, "--steps", steps)
+        # an evaluation by the first one alone must leave no trace
+        watched = [] if name == "whole" else ["--evaluate-every", "1", "--keep-best", "l1"]
+        run(RESUMED, folder, name, ranks, "--steps", steps, *watched)
     found["failing"] = _failing(ranks, folder)
     torch.save(found, folder / f"rank_{r}.pt")
     ranks.close()

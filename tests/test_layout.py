@@ -29,6 +29,7 @@ MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     # its command line
     "data": {"config"},
+    "metrics": {"config"},
     # a leaf but for the networks that it builds: no model imports it
     "checkpoint": {"config", "models"},
     "device": {"config"},
@@ -46,8 +47,10 @@ MAY_IMPORT = {
     "schedule": {"config"},
     "step": {"config", "data", "graph", "layers", "optim", "recipes", "stack"},
     "memory": {"config", "models", "recipes", "stack", "step"},
+    "measure": {"checkpoint", "config", "data", "metrics", "models", "recipes"},
     "trainer": {
         "",
+        "measure",
         "device",
         *LEAVES,
         "memory",
@@ -75,7 +78,7 @@ MAY_IMPORT = {
     "files": {"config", "data", "inference", "tiling"},
     "translate": {*LEAVES, "files", "inference", "parallel"},
     "compare": {"config", "gallery"},
-    "evaluate": {"device", *LEAVES, "models", "recipes", "trainer"},
+    "evaluate": {"device", *LEAVES, "measure", "models", "recipes", "trainer"},
     "export": {*LEAVES, "models"},
     "demo": {*LEAVES, "files", "inference", "tiling"},
 }

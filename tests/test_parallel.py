@@ -236,6 +236,7 @@ def test_signals_and_resume(two: Two) -> None:
         again = tensors(folder / name)
         assert again.keys() == whole.keys()
         assert not [key for key, value in again.items() if not torch.equal(value, whole[key])]
+        assert checkpoint.best_of(folder / name / "checkpoints")["measure"] == "l1"
     assert not torch.equal(whole["random.cpu"], whole["random.cpu.1"])
 
 

@@ -1,33 +1,14 @@
-"""Measures of translated images; every function takes images in 0..1 as (N, C, H, W) and returns a float."""
+"""A small classifier, trained on the spot: how well translated images are read, and how well they teach."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def l1(x: Tensor, y: Tensor) -> float:
-    """Mean absolute difference."""
-    return (x.float() - y.float()).abs().mean().item()
-
-
-def psnr(x: Tensor, y: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB at a peak of 1, averaged over the images; equal images count 100
-    dB."""
-    error = (x.float() - y.float()).square().flatten(1).mean(1).clamp_min(1e-10)
-    return (-10 * error.log10()).mean().item()
-
-
-def background_distance(x: Tensor, ink: Tensor) -> float:
-    """Mean distance from white where there is no ink.
-
-    Args:
-        x: images.
-        ink: (N, H, W) in 0..1, the share of digit in each pixel.
-    """
-    empty = (ink < 0.05).unsqueeze(1).expand_as(x)
-    return (1 - x.float())[empty].abs().mean().item()
+SMALL = 64  # largest side of an image that a classifier is shown
 
 
 def train_classifier(
@@ -43,7 +24,7 @@ def train_classifier(
         epochs: passes over the images, each shifted by up to 2 pixels at random.
         seed: of weights, order and shifts.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         net = nn.Sequential(
             nn.Conv2d(x.shape[1], 24, 3, 2, 1), nn.BatchNorm2d(24), nn.ReLU(),
@@ -72,3 +53,29 @@ def train_classifier(
 def accuracy(classifier: nn.Module, x: Tensor, labels: Tensor) -> float:
     """Share of images that a classifier reads as their label."""
     return (classifier(x.float()).argmax(1) == labels.long()).float().mean().item()
+
+
+def small(x: Tensor) -> Tensor:
+    """An image (1, C, H, W) of at most 64x64 pixels for a classifier; a smaller one as it is."""
+    return F.interpolate(x, (SMALL, SMALL), mode="area") if max(x.shape[2:]) > SMALL else x
+
+
+def one_batch(images: Sequence[Tensor]) -> Tensor:
+    """Images of `small` as one batch, those of unequal size resized to 64x64."""
+    if len({image.shape for image in images}) > 1:
+        images = [F.interpolate(image, (SMALL, SMALL), mode="area") for image in images]
+    return torch.cat(list(images))
+
+
+def class_numbers(names: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """The class (N,) of images by the first folder of their names."""
+    number = {name: k for k, name in enumerate(classes)}
+    return torch.tensor([number[name.partition("/")[0]] for name in names])
+
+
+def class_folders(*groups: Sequence[str]) -> list[str]:
+    """The classes, where all images of all groups lie in folders and each group has the same ones, at least
+    two; else none."""
+    found = [{name.partition("/")[0] if "/" in name else "" for name in names} for names in groups]
+    alike = all(each == found[0] for each in found) and len(found[0]) > 1 and "" not in found[0]
+    return sorted(found[0]) if alike else []

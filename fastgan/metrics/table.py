@@ -1,0 +1,67 @@
+"""The measures by name: which way is better, and what each of them needs."""
+
+from __future__ import annotations
+
+import difflib
+from typing import NamedTuple
+
+from fastgan.config import UsageError
+
+
+class Measure(NamedTuple):
+    """Whether larger values are better, None for a yardstick; what a measure needs, see `NEEDS`."""
+
+    higher: bool | None
+    needs: str
+
+
+MEASURES = {
+    "l1": Measure(False, "pairs"),
+    "psnr_db": Measure(True, "pairs"),
+    "ssim": Measure(True, "pairs"),
+    "lpips": Measure(False, "alexnet"),
+    "cycle_l1": Measure(False, "back"),
+    "fid": Measure(False, "inception"),
+    "kid": Measure(False, "inception"),
+    "inception_score": Measure(True, "inception"),
+    "precision": Measure(True, "inception"),
+    "recall": Measure(True, "inception"),
+    "pixel_accuracy": Measure(True, "palette"),
+    "class_accuracy": Measure(True, "palette"),
+    "mean_iou": Measure(True, "palette"),
+    "digit_accuracy_real": Measure(None, "digits"),
+    "digit_accuracy_fake": Measure(True, "digits"),
+    "background_distance": Measure(False, "digits"),
+    "tstr": Measure(True, "classes"),
+    "trts": Measure(True, "classes"),
+    "diversity": Measure(True, "samples"),
+}
+NEEDS = {
+    "pairs": "pairs: data for pix2pix, or A and B side by side in one image",
+    "back": "a generator that leads back, as CycleGAN has",
+    "palette": "--palette and pairs",
+    "digits": "the embedded digits in direction AtoB",
+    "classes": "known classes: the embedded digits, or a folder a class, the same ones in both domains",
+    "samples": "--samples of at least 2, and a generator",
+    "inception": "images of both domains",
+    "alexnet": "pairs, or --samples of at least 2",
+}
+
+
+def stem(name: str) -> str:
+    """A value's name without the domain behind it."""
+    return name.removesuffix("_A").removesuffix("_B")
+
+
+def measure_of(name: str) -> Measure:
+    """The measure of a value's name, with or without the domain behind it.
+
+    Raises:
+        UsageError: unknown.
+    """
+    found = MEASURES.get(stem(name))
+    if found is None:
+        near = difflib.get_close_matches(name, MEASURES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(MEASURES)}"
+        raise UsageError(f"unknown measure {name}: {hint}")
+    return found
