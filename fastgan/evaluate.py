@@ -1,5 +1,5 @@
 """python -m fastgan.evaluate RUN_OR_CHECKPOINT: measure a trained system on its held-out images; or
---real DIR --fake DIR: two folders of images, whoever made them. A table, and the same as evaluation.json."""
+--real DIR --fake DIR: two folders of images, whoever made them. A table, and the same as a JSON file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Arguments:
     range: tuple[float, float] | None = None  # values of --real and --fake that are black and white
     direction: Literal["AtoB", "BtoA"] | None = None  # of one file of weights
     max_images: int | None = None  # use only the first images
-    output: Path | None = None  # the JSON file; default: evaluation.json in the run or the folder --fake
+    output: Path | None = None  # the JSON file; default: evaluation.json in the run
     device: str = "auto"  # cuda, cuda:1, mps, cpu
 
 
@@ -217,8 +217,8 @@ def measure_folders(real: _Folder, fake: _Folder, tools: Tools, device: torch.de
     return found
 
 
-def evaluate(given: Arguments) -> tuple[Found, str, Path, dict[str, object]]:
-    """What was found, a heading, where the JSON belongs, and what else belongs into it."""
+def evaluate(given: Arguments) -> tuple[Found, str, Path | None, dict[str, object]]:
+    """What was found, a heading, the run's JSON file where there is a run, and what else belongs into it."""
     device = pick_device(given.device)
     wanted = {key: getattr(given, key) for key in ("measures", "weights", "palette", "samples")}
     if (given.run is None) == (given.real is None or given.fake is None):
@@ -237,7 +237,7 @@ def evaluate(given: Arguments) -> tuple[Found, str, Path, dict[str, object]]:
         counted = found.details["images"]
         heading = f"{given.fake} against {given.real}: {counted['fake']} and {counted['real']} images"
         heading += f", {counted['pairs']} pairs"
-        return found, heading, given.fake / "evaluation.json", {}
+        return found, heading, None, {}
     ours = (given.run / "state.safetensors").is_file() or (given.run / "config.json").is_file()
     if not given.run.exists() or (given.run.is_dir() and not ours and not given.data):
         load_run(given.run, device)  # says what is missing
@@ -248,8 +248,8 @@ def evaluate(given: Arguments) -> tuple[Found, str, Path, dict[str, object]]:
     counts = f"{images['A']}" if images["A"] == images["B"] else f"{images['A']} and {images['B']}"
     at = "" if step is None else f", step {step}"
     heading = f"{given.run}{at}, {counts} {images['split']} images"
-    folder = given.run if given.run.is_dir() else given.run.parent
-    return found, heading, folder / "evaluation.json", {} if step is None else {"step": step}
+    path = given.run / "evaluation.json" if ours else None
+    return found, heading, path, {} if step is None else {"step": step}
 
 
 def table(found: Found) -> str:
@@ -282,14 +282,16 @@ def main(args: Sequence[str] | None = None) -> None:
         given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.evaluate")
         found, heading, path, about = evaluate(given)
         path = given.output or path
-        write_text(path, json.dumps({**about, **found.values, "details": found.details}, indent=1))
+        if path:
+            write_text(path, json.dumps({**about, **found.values, "details": found.details}, indent=1))
     except (UsageError, DataError, CheckpointError) as error:
         fail(error)
     except OSError as error:
         fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     print(heading)
     print(table(found))
-    print(f"{path} holds the same with how it was computed")
+    if path:
+        print(f"{path} holds the same with how it was computed")
     for note in found.notes:
         print(f"note: {' '.join(note.split())}", file=sys.stderr)
 

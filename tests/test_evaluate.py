@@ -165,13 +165,17 @@ def test_folders_of_any_program(here: Path, capsys: pytest.CaptureFixture[str]) 
     b = [draw(here / f"fake/x/{k}.png", 10 + k, dtype=np.uint16) for k in range(2)]
     draw(here / "fake/x/2.png", 5, (16, 20, 3))
     (here / "fake/x/bad.png").write_bytes(b"\x89PNG\r\n\x1a\nshort")
+    before = set(here.rglob("*"))
     evaluate.main(["--real", "real", "--fake", "fake"])
-    found = read("fake/evaluation.json")
+    # folders of others are left as they are
+    assert set(here.rglob("*")) == before
+    evaluate.main(["--real", "real", "--fake", "fake", "--output", "p.json"])
+    found = read("p.json")
     expected = np.mean([np.abs(x.astype(float) - y).mean() / 65535 for x, y in zip(a, b)])
     assert found["l1"] == pytest.approx(expected, abs=1e-6)
     images = found["details"]["images"]
     assert (images["real"], images["fake"], images["pairs"], len(images["skipped"])) == (3, 3, 2, 2)
-    assert "skipped 2 bad files" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("skipped 2 bad files") == 2
     evaluate.main(["--real", "real", "--fake", "fake", "--range", "0", "32768", "--output", "o.json"])
     assert read("o.json")["l1"] != found["l1"]
 
@@ -183,8 +187,8 @@ def test_class_folders_teach_a_reader(here: Path, capsys: pytest.CaptureFixture[
                 image = np.random.default_rng(seed + k).integers(low, low + 100, (16, 16, 3)).astype(np.uint8)
                 (here / folder / name).mkdir(parents=True, exist_ok=True)
                 write_image(here / folder / name / f"{seed + k}.png", image)
-    evaluate.main(["--real", "real", "--fake", "fake", "--measures", "tstr", "trts"])
-    found = read("fake/evaluation.json")
+    evaluate.main(["--real", "real", "--fake", "fake", "--measures", "tstr", "trts", "--output", "o.json"])
+    found = read("o.json")
     assert found["tstr"] > 0.9 and found["trts"] > 0.9
     assert "no equal names, so no pairs" in said(["--real", "real", "--fake", "fake"], capsys)
 
