@@ -22,8 +22,9 @@ FREE_ON_RESUME = {
     *("evaluate_every", "keep_best", "measures", "weights", "palette"),
 }
 AT_LEAST_ONE = (
-    *("load_size", "crop_size", "ngf", "ndf", "n_critic", "batch_size", "accumulate", "steps"),
+    *("load_size", "crop_size", "ngf", "ndf", "n_critic", "n_gen", "batch_size", "accumulate"),
     *(
+        "steps",
         "lr_decay_epochs",
         "log_every",
         "sample_every",
@@ -86,8 +87,10 @@ class Config:
     d_real_weight: float = 0.5  # weight of the real half of D's loss
     d_fake_weight: float = 0.5  # weight of the fake half of D's loss
     lambda_gp: float = 10.0  # weight of the gradient penalty (wgan-gp)
+    gp_at: Literal["mixed", "real", "fake"] = "mixed"  # images at which the penalty is taken
     clip: float = 0.01  # bound of D's weights (wgan)
-    n_critic: int = 1  # updates of D per update of G, each on a batch of its own
+    n_critic: int = 1  # updates of D in a step, each on a batch of its own
+    n_gen: int = 1  # updates of G in a step; one shares its batch with D, the others have their own
     pool_size: int = 50  # history of generated images that D is shown
     ema: float = 0.0  # decay of the averaged generator, e.g. 0.999; 0 is off
 
@@ -153,6 +156,11 @@ class Config:
             raise UsageError("--keep-best needs --evaluate-every N")
         if self.name and (Path(self.name).name != self.name or self.name in (".", "..") or "\\" in self.name):
             raise UsageError(f"--name must be a plain folder name, got {self.name!r}")
+
+    @property
+    def batches(self) -> int:
+        """Batches that one step takes."""
+        return (self.n_critic + self.n_gen - 1) * self.accumulate
 
 
 C = TypeVar("C", bound=Config)

@@ -320,6 +320,31 @@ def norm_act(norm: str, channels: int, act: str = "none", slope: float = 0.2) ->
     return [nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity(), after]
 
 
+class MinibatchStd(nn.Module):
+    """Adds a channel that holds how much the images of a batch differ (Karras et al. 2018, section 3).
+
+    The standard deviation over the batch of every value, averaged over all of them: one number, everywhere.
+    """
+
+    mixes_batch = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C + 1, H, W)."""
+        # under the root, so that equal images have a gradient
+        spread = (x.float() if x.dtype == torch.bfloat16 else x).var(0, correction=0).add(1e-8).sqrt().mean()
+        return torch.cat([x, spread.to(x.dtype).expand(len(x), 1, *x.shape[2:])], 1)
+
+
+def spectral_norm(net: nn.Module) -> nn.Module:
+    """Divide the weight of every convolution and linear layer by its largest singular value, in place
+    (Miyato et al. 2018, arXiv 1802.05957); one power iteration a pass in training mode. Returns the network.
+    """
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.utils.parametrizations.spectral_norm(module)
+    return net
+
+
 def skip_idle_biases(net: nn.Module) -> None:
     """Mark every convolution whose output goes straight into an instance norm."""
     for module in net.modules():

@@ -8,6 +8,7 @@ and Ye 2017; WGAN 1701.07875; WGAN-GP 1704.00028, equation 3.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,16 +76,25 @@ def discriminator_gan(
     return real_weight * halves[0] + fake_weight * halves[1]
 
 
-def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
-    """mean (||grad_x D(x)||_2 - 1)^2 at x drawn evenly between real and fake, one draw per sample;
-    differentiable.
+def gradient_penalty(
+    critic: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    at: Literal["mixed", "real", "fake"] = "mixed",
+) -> Tensor:
+    """mean (||grad_x D(x)||_2 - 1)^2; differentiable, and finite where the gradient is zero.
 
     Args:
         critic: D, second-order differentiable.
-        real, fake: (N, C, H, W) of one dtype.
+        real, fake: (N, C, H, W).
+        at: where x lies: drawn evenly between real and fake, one draw per sample, or the one or the other.
     """
-    mix = torch.rand(real.shape[0], 1, 1, 1, device=real.device, dtype=real.dtype)
-    x = (mix * real + (1 - mix) * fake.to(real.dtype)).detach().requires_grad_()
+    if at == "mixed":
+        mix = torch.rand(real.shape[0], 1, 1, 1, device=real.device, dtype=real.dtype)
+        x = mix * real + (1 - mix) * fake.to(real.dtype)
+    else:
+        x = {"real": real, "fake": fake.to(real.dtype)}[at]
+    x = x.detach().requires_grad_()
     out = critic(x)
     (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
     # the norm has no gradient at 0 (a constant critic): clamp under the root instead of shifting the gradient

@@ -80,13 +80,15 @@ def estimate(
         gpu: as on a GPU, with the fused kernels; False: as on a CPU.
     """
     config = recipe.config
-    count = config.n_critic * config.accumulate
+    count = config.batches
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     fake.runs_kernels = gpu  # type: ignore[attr-defined]
     with fake, _Live() as live:
         nets = _networks(recipe, channels)
         step = Step(recipe, nets, device=torch.device("cpu"), autocast=autocast, memory=memory)
-        shapes = {k: (config.batch_size, c, *size) for k, c in zip("AB", channels)}
+        shapes = {k: (config.batch_size, c, *size) for k, c in zip(recipe.domains, channels)}
+        if recipe.labelled:
+            shapes["label"] = (config.batch_size, channels[1])
         batches = [{k: torch.empty(shape) for k, shape in shapes.items()} for _ in range(count)]
         # the optimiser has its state from the first step on
         step(batches, 0)
@@ -96,7 +98,9 @@ def estimate(
         stored = [v.element_size() for k, v in step.state().items() if k.startswith("pool.")]
     data = sum(x.nbytes for batch in batches for x in batch.values())
     # both domains have a pool of their own, or one of pairs; it has its full size from the first step on
-    pool = config.pool_size * sum(channels) * size[0] * size[1] * max(stored, default=0)
+    pool = (
+        config.pool_size * sum(channels[: len(recipe.domains)]) * size[0] * size[1] * max(stored, default=0)
+    )
     reserve = RESERVE if gpu else 0
     return Estimate(
         memory=memory,
@@ -237,7 +241,7 @@ def _at_most(recipe: Recipe, channels: tuple[int, int], size: tuple[int, int]) -
     weights = 6 * sum(p.nbytes for net in nets for p in net.parameters())
     # planes of full size and width that a pass keeps; CycleGAN has six passes of its generators
     planes = c.batch_size * max(c.ngf, c.ndf) * (40 + 4 * c.blocks) * 8
-    images = (c.pool_size + 4 * c.batch_size * c.n_critic * c.accumulate) * sum(channels)
+    images = (c.pool_size + 4 * c.batch_size * c.batches) * sum(channels)
     return weights + 4 * pixels * (planes + images)
 
 

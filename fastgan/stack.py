@@ -93,7 +93,10 @@ def runs_fused(x: Tensor) -> bool:
 def _join(net: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     """The batches as one where that changes nothing, and their lengths."""
     sizes = [len(x) for x in batches]
-    mixes = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
+    mixes = any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "mixes_batch", False)
+        for module in net.modules()
+    )
     if len(batches) == 1 or mixes or len({(x.shape[1:], x.dtype) for x in batches}) > 1:
         return list(batches), sizes
     return [torch.cat(list(batches))], sizes

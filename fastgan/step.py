@@ -2,11 +2,11 @@
 generator.
 
 Everything that changes from step to step lives here (networks, optimisers, pool, EMA) and can be saved and
-restored exactly; the random draws of a step depend on its number and the seed alone, except dropout and the
-gradient penalty, which use torch's generator.
+restored exactly; the random draws of a step (noise, history pool) depend on its number and the seed alone,
+except dropout and the gradient penalty, which use torch's generator.
 
 `Step._body` is the whole of it as work on tensors: whatever a step decides by numbers (learning rates, the
-pool's draws, the images) lies in tensors that are filled before. So on a GPU it is recorded as a CUDA graph
+draws, the images) lies in tensors that are filled before. So on a GPU it is recorded as a CUDA graph
 and replayed. The body yields where ranks have to talk to each other; each piece between is a graph.
 """
 
@@ -106,7 +106,7 @@ class Step:
         self._recorder = self._make_recorder(fixed_size) if capture else None
         self._recordings: dict[bool, Recording] = {}
         self._inputs: list[Source] = []
-        self._plan: Tensor | None = None
+        self._drawn: dict[str, Tensor] = {}
         self._warm = 0
         config = self.config
         lr_d = config.lr if config.lr_d is None else config.lr_d
@@ -114,7 +114,7 @@ class Step:
         self.members = {"G": recipe.generators, "D": recipe.discriminators}
         self.optimizers = {name: self._optimizer(name) for name in self.members}
         # a pair is pooled as one image, so that a stored fake keeps the input it was made from
-        keys = ("pair",) if recipe.paired else ("A", "B")
+        keys = ("pair",) if recipe.paired else recipe.domains
         self.pools = {key: ImagePool(config.pool_size, fixed_size=fixed_size) for key in keys}
         self._translation: Callable[[Nets, Batch], Batch] = recipe.translate
         self._generator_loss: Loss = recipe.generator_loss
@@ -161,12 +161,13 @@ class Step:
     def __call__(
         self, batches: Sequence[Source], index: int, lr_factor: float = 1.0, *, watch: bool = False
     ) -> Terms:
-        """Update every network once (the discriminators n_critic times).
+        """Update the discriminators n_critic times and the generators n_gen times.
 
         Args:
-            batches: n_critic * accumulate batches of images (N, C, H, W) on the device, or of records for
-                `expand`; the gradients of each `accumulate` of them are added up for one update.
-            index: number of this step; with the seed it decides the draws of the history pool.
+            batches: (n_critic + n_gen - 1) * accumulate batches of images (N, C, H, W) on the device, or of
+                records for `expand`; the gradients of each `accumulate` of them are added up for one update.
+                The update that comes second takes the last batches of the one that comes first.
+            index: number of this step; with the seed it decides the noise and the draws of the history pool.
             lr_factor: factor of both learning rates.
             watch: also measure gradient norms and the spread of the fakes.
 
@@ -174,11 +175,11 @@ class Step:
             Detached scalars on the device by name; reading one waits for the device.
 
         Raises:
-            ValueError: another number of batches than n_critic * accumulate.
+            ValueError: another number of batches.
         """
         c = self.config
-        if len(batches) != c.n_critic * c.accumulate:
-            rule = f"n_critic * accumulate = {c.n_critic * c.accumulate} batches"
+        if len(batches) != c.batches:
+            rule = f"(n_critic + n_gen - 1) * accumulate = {c.batches} batches"
             raise ValueError(f"Step: needs {rule}, got {len(batches)}")
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
@@ -187,85 +188,102 @@ class Step:
                 else:
                     group["lr"] = self.base_lr[name] * lr_factor
         first = batches[0]
-        plan = self._draw(
+        drawn = self._draw(
             len(batches), first.shape[1] if isinstance(first, Tensor) else len(first["A"]), index
         )
         if self._recorder is None:
-            return run(self._body(batches, plan, watch)).terms()
-        return self._replay(self._recorder, batches, plan, watch)
+            return run(self._body(batches, drawn, watch)).terms()
+        return self._replay(self._recorder, batches, drawn, watch)
 
-    def _draw(self, batches: int, images: int, index: int) -> Tensor:
-        """The pools' plans for the batches of a step, int64 (batches, pools, 2, images of all ranks)."""
+    def _draw(self, batches: int, images: int, index: int) -> dict[str, Tensor]:
+        """The pools' plans for D's batches of a step, int64 (batches, pools, 2, images of all ranks), and the
+        noise of this rank's images by name, float32 (batches, images, numbers)."""
         rng = np.random.default_rng([self.config.seed, 1, index])
-        images *= 1 if self.ranks is None else self.ranks.size
+        rank, size = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.size)
+        mine = slice(rank * images, (rank + 1) * images)
+        images *= size
         m = self.config.accumulate
         plans: list[list[np.ndarray]] = []
-        for _ in range(batches // m):
+        for _ in range(self.config.n_critic):
             # pool by pool, so that m batches are drawn for like one large one
-            drawn = [[pool.plan(images, rng) for _ in range(m)] for pool in self.pools.values()]
-            plans += [list(of_batch) for of_batch in zip(*drawn)]
-        plan = torch.from_numpy(np.array(plans))
-        return plan.pin_memory() if self.device.type == "cuda" else plan
+            each = [[pool.plan(images, rng) for _ in range(m)] for pool in self.pools.values()]
+            plans += [list(of_batch) for of_batch in zip(*each)]
+        drawn = {"plan": torch.from_numpy(np.array(plans))}
+        noise = np.random.default_rng([self.config.seed, 2, index])
+        for name, numbers in self.recipe.noise.items():
+            values = noise.standard_normal((batches, images, numbers), np.float32)[:, mine]
+            drawn[name] = torch.from_numpy(values).contiguous()
+        return {k: x.pin_memory() for k, x in drawn.items()} if self.device.type == "cuda" else drawn
 
-    def _replay(self, recorder: Recorder, batches: Sequence[Source], plan: Tensor, watch: bool) -> Terms:
+    def _replay(
+        self, recorder: Recorder, batches: Sequence[Source], drawn: dict[str, Tensor], watch: bool
+    ) -> Terms:
         if self._warm < WARM_UP:
             self._warm += 1
             found: list[Report] = []
             # watching, so that nothing is done for the first time in the recording
-            recorder.warm_up(lambda: found.append(run(self._body(batches, plan, True))))
+            recorder.warm_up(lambda: found.append(run(self._body(batches, drawn, True))))
             return found[0].terms()
-        if self._plan is None:
+        if not self._drawn:
             self._inputs = [_like(batch, self.device) for batch in batches]
-            self._plan = torch.empty_like(plan, device=self.device)
+            self._drawn = {key: torch.empty_like(x, device=self.device) for key, x in drawn.items()}
         for mine, given in zip(self._inputs, batches):
             if isinstance(mine, Tensor) and isinstance(given, Tensor):
                 mine.copy_(given, non_blocking=True)
             elif isinstance(mine, dict) and isinstance(given, dict):
                 for key, image in given.items():
                     mine[key].copy_(image)
-        self._plan.copy_(plan, non_blocking=True)
+        for key, x in drawn.items():
+            self._drawn[key].copy_(x, non_blocking=True)
         if watch not in self._recordings:
             try:
-                body = self._body(self._inputs, self._plan, watch)
+                body = self._body(self._inputs, self._drawn, watch)
                 self._recordings[watch] = record(recorder, body)
             except RuntimeError as error:
                 self._recorder, self._recordings = None, {}
                 self.note = f"no CUDA graph: {str(error).splitlines()[0]}"
-                return run(self._body(batches, plan, watch)).terms()
+                return run(self._body(batches, drawn, watch)).terms()
         return self._recordings[watch].replay().terms()
 
-    def _body(self, sources: Sequence[Source], plan: Tensor, watch: bool) -> Generator[Between, None, Report]:
+    def _body(
+        self, sources: Sequence[Source], drawn: dict[str, Tensor], watch: bool
+    ) -> Generator[Between, None, Report]:
         """The step as work on tensors; yields what ranks do before it may go on."""
-        batches = [self._images(source) for source in sources]
-        m = self.config.accumulate
+        batches = [self._batch(source, drawn, k) for k, source in enumerate(sources)]
+        m, critics, gens = self.config.accumulate, self.config.n_critic, self.config.n_gen
+        plan = drawn["plan"]
         plan = plan.to(self.device, non_blocking=True) if self.pools_are_fixed else plan
-        groups = [(batches[i : i + m], plan[i : i + m]) for i in range(0, len(batches), m)]
+        groups = [batches[i : i + m] for i in range(0, len(batches), m)]
         terms: Terms = {}
         if self.recipe.order == "g-first":
-            first = groups[0][0]
-            fakes, terms = yield from self._update_generators(first, None, watch)
-            for group, plans in groups:
+            for first in groups[:gens]:
+                fakes, found = yield from self._update_generators(first, None, watch)
+                terms |= found
+            for group, plans in zip(groups[gens - 1 :], plan.split(m)):
                 made = fakes if group is first else [self._translate(b, grad=False) for b in group]
                 terms |= yield from self._update_discriminators(group, made, plans, watch)
         else:
-            for group, plans in groups:
+            for group, plans in zip(groups, plan.split(m)):
                 # of several batches the graphs would not fit: the generators' update makes these fakes again
-                last, again = group is groups[-1][0], m > 1
+                last, again = group is groups[critics - 1], m > 1
                 with KeptStatistics(self.nets.values() if last and again else ()):
                     made = [self._translate(batch, grad=last and not again) for batch in group]
                 terms |= yield from self._update_discriminators(group, made, plans, watch)
-            first = groups[-1][0]
-            fakes, found = yield from self._update_generators(first, None if m > 1 else made, watch)
-            terms |= found
+            for k, first in enumerate(groups[critics - 1 :]):
+                ready = None if m > 1 or k > 0 else made
+                fakes, found = yield from self._update_generators(first, ready, watch)
+                terms |= found
         if watch:
             terms |= self._spread(first[0], fakes[0])
         return Report(tuple(terms), torch.stack(list(terms.values())))
 
-    def _images(self, source: Source) -> Batch:
-        if isinstance(source, dict):
-            return source
-        assert self.expand is not None
-        return self.expand(source.to(self.device, non_blocking=True))
+    def _batch(self, source: Source, drawn: dict[str, Tensor], k: int) -> Batch:
+        """Images and noise of batch k."""
+        if isinstance(source, Tensor):
+            assert self.expand is not None
+            source = self.expand(source.to(self.device, non_blocking=True))
+        noise = {key: drawn[key][k].to(source["A"], non_blocking=True) for key in self.recipe.noise}
+        return {**source, **noise}
 
     @property
     def pools_are_fixed(self) -> bool:

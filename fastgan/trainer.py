@@ -25,15 +25,17 @@ from torch.nn import functional as F
 
 from fastgan import __version__, checkpoint
 from fastgan.config import UsageError, changed, flag, read_json, to_json, write_text
+from fastgan.data.augment import Geometry
 from fastgan.data.dataset import Data, open_data
 from fastgan.data.feed import Loader, open_feed, resident_bytes
+from fastgan.data.labelled import open_labelled
 from fastgan.data.resident import Resident, one_size
 from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
+from fastgan.generative import sample_columns
 from fastgan.measure import Evaluation
 from fastgan.memory import fit
 from fastgan.models import translate_any_size
-from fastgan.models.patchgan import smallest_side
 from fastgan.monitor import Monitor, expected_balance, nonfinite
 from fastgan.parallel import Ranks, together
 from fastgan.recipes.base import Recipe
@@ -70,6 +72,13 @@ def open_images(recipe: Recipe, run: Path, *, progress: bool) -> Data:
         DataError: missing, unreadable or unfit images.
     """
     c = recipe.config
+    if recipe.domains == ("A",):
+        return open_labelled(
+            c.data, labelled=recipe.labelled, attributes=getattr(c, "attributes", ()), channels=c.channels,
+            geometry=Geometry(c.preprocess, c.load_size, c.crop_size), flip=c.flip, serial=c.serial,
+            limits=c.range_a, pages=c.pages, max_images=c.max_images, skip_bad=c.skip_bad,
+            cache=run / "cache" if c.data else None, progress=progress,
+        )  # fmt: skip
     return open_data(
         c.data, paired=recipe.paired, direction=c.direction, channels=c.channels, channels_b=c.channels_b,
         preprocess=c.preprocess, load_size=c.load_size, crop_size=c.crop_size, flip=c.flip, serial=c.serial,
@@ -113,7 +122,7 @@ class Trainer:
                 ranks.broadcast([*net.parameters(), *net.buffers()])
             self.step.refresh()
             torch.manual_seed(config.seed + self.rank)
-        self.batches = config.n_critic * config.accumulate
+        self.batches = config.batches
         self.images = config.batch_size * self.batches * self.size
         self.steps_per_epoch = self.data.train.steps_per_epoch(self.images)
         self.total = config.steps or (config.epochs + config.epochs_decay) * self.steps_per_epoch
@@ -198,23 +207,10 @@ class Trainer:
 
     def _check_sizes(self, data: Data) -> None:
         c = self.config
-        multiple = 4 if c.generator == "resnet" else 2**c.levels
-        network = "a ResNet" if c.generator == "resnet" else f"{c.generator} with --levels {c.levels}"
-        least = smallest_side(c.patch)
         sizes = data.train.sizes()
         for name, height, width in sizes:
-            which = (
-                f"images of {width}x{height} pixels" if data.size else f"{name} of {width}x{height} pixels"
-            )
-            if height % multiple or width % multiple:
-                raise UsageError(
-                    f"{which}: {network} needs multiples of {multiple}; "
-                    "change --crop-size, --preprocess or --levels"
-                )
-            if min(height, width) < least:
-                raise UsageError(
-                    f"{which}: --patch {c.patch} needs at least {least}; choose a smaller --patch"
-                )
+            if fault := self.recipe.unfit(height, width):
+                raise UsageError(f"{'images' if data.size else name} of {width}x{height} pixels: {fault}")
         if c.batch_size * self.size > 1 and len({size[1:] for size in sizes}) > 1:
             alone = " and one process" if self.size > 1 else ""
             raise UsageError(
@@ -317,6 +313,7 @@ class Trainer:
             "fastgan": __version__, "recipe": self.recipe.name, "data": self.data.name,
             "channels": list(self.data.channels), "ranges": [list(r) for r in self.data.ranges],
             "dtypes": [str(d) for d in self.data.dtypes], "settings": to_json(self.config),
+            **({"labels": self.data.labels} if self.recipe.labelled else {}),
         }  # fmt: skip
 
     def _epoch(self, step: int) -> int:
@@ -368,7 +365,7 @@ class Trainer:
         write_text(self.run / "config.json", json.dumps(self._about(), indent=1))
         for text in self.notes:
             monitor.note(text)
-        if c.gan_mode == "wgan-gp" and c.norm == "batch":
+        if c.gan_mode == "wgan-gp" and getattr(c, "norm_d", c.norm) == "batch":
             monitor.note(
                 "the penalty of wgan-gp is per image, batch norm mixes images: --norm instance suits it"
             )
@@ -472,6 +469,8 @@ class Trainer:
             ]
 
         with torch.autocast(self.device.type, self.step.autocast, enabled=self.step.autocast is not None):
+            if not self.recipe.directions:
+                columns = sample_columns(self.recipe, nets, self.data, device=self.device)
             for way in self.recipe.directions.values():
                 images = show(way.source)
                 fakes = [translate_any_size(nets[way.net], x) for x in images]

@@ -231,10 +231,11 @@ def run_hollow(step_class: type[Step], name: str, settings: dict[str, Any], monk
             for _ in range(step.config.n_critic)
         ]
         plan = torch.empty(len(given), len(step.pools), 2, len(given[0]["A"]), dtype=torch.int64)
+        drawn = {"plan": plan}
         # the first step makes the optimisers' and the pools' memory
-        run(step._body(given, plan, True))
+        run(step._body(given, drawn, True))
         with Watch():
-            report = run(step._body(given, plan, True))
+            report = run(step._body(given, drawn, True))
     assert report.values.shape == (len(report.names),)
     return ops
 

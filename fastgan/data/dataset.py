@@ -38,30 +38,33 @@ Range = tuple[float, float]
 
 
 class HostImages(NamedTuple):
-    """Images of one domain (N, H, W, C) as stored, on the host or already on the device, and which of them
-    are to be mirrored."""
+    """Images of one domain (N, H, W, C) as stored, on the host or already on the device, which of them are to
+    be mirrored, and their labels (N, L) where there are some."""
 
     pixels: np.ndarray | Tensor
     flips: list[bool]
+    labels: np.ndarray | None = None
 
 
 class Split:
-    """The images of both domains for training or testing.
+    """The images of both domains, or of A alone, for training or testing.
 
-    stores, ranges: of A and B. crop: side of the square cut out for training, None for whole images.
+    stores, ranges: of A and B. crop: side of the square cut out for training, None for whole images. labels:
+    of the images of A, (len_A, L) float32; batches then hold them under "label".
     """
 
     def __init__(
         self,
-        stores: tuple[Images, Images],
+        stores: tuple[Images, ...],
         ranges: tuple[Range, Range],
         *,
         crop: int | None,
         flip: bool,
         paired: bool,
         serial: bool,
+        labels: np.ndarray | None = None,
     ) -> None:
-        self.stores, self.ranges = stores, ranges
+        self.stores, self.ranges, self.labels = stores, ranges, labels
         self.crop, self._flip, self._paired, self._serial = crop, flip, paired, serial
 
     @property
@@ -71,8 +74,8 @@ class Split:
 
     @property
     def len_B(self) -> int:  # noqa: N802
-        """Number of images of domain B."""
-        return len(self.stores[1])
+        """Number of images of domain B, 0 without one."""
+        return len(self.stores[1]) if len(self.stores) > 1 else 0
 
     @property
     def names_A(self) -> list[str]:  # noqa: N802
@@ -124,13 +127,13 @@ class Split:
         return self.finish(host, device=device, output_range=output_range)
 
     def choose(self, k: int, batch_size: int, *, seed: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
-        """Return what batch k consists of, (2 domains, batch_size, 4) int64: number of the image, top and
+        """Return what batch k consists of, (domains, batch_size, 4) int64: number of the image, top and
         left of the crop, and 1 to mirror it or 0."""
         whole = batch_size * ranks
         first = rank * batch_size
         # per domain and image of all ranks: left, top, flip
         draws = _raw(6 * whole, seed, 2, k).reshape(2, whole, 3)[:, first : first + batch_size]
-        chosen = np.zeros((2, batch_size, 4), np.int64)
+        chosen = np.zeros((len(self.stores), batch_size, 4), np.int64)
         for domain, store in enumerate(self.stores):
             for i, (left, top, flip) in enumerate(draws[0 if self._paired else domain].tolist()):
                 number = self._number(domain, k * whole + first + i, seed)
@@ -151,13 +154,13 @@ class Split:
         rank: int = 0,
         ranks: int = 1,
         out: Sequence[np.ndarray] | None = None,
-    ) -> tuple[HostImages, HostImages]:
+    ) -> tuple[HostImages, ...]:
         """Return batch k as it is stored, cropped; the half of `batch` that may run in another thread.
 
         out: memory for the pixels of A and of B, uint8, of at least batch_size * `largest` bytes.
         """
         chosen = self.choose(k, batch_size, seed=seed, rank=rank, ranks=ranks)
-        return self._cropped(0, chosen[0], out), self._cropped(1, chosen[1], out)
+        return tuple(self._cropped(domain, rows, out) for domain, rows in enumerate(chosen))
 
     def largest(self, domain: int) -> int:
         """Return the bytes of the largest image of domain 0 or 1 as a training batch holds it."""
@@ -169,17 +172,19 @@ class Split:
 
     def finish(
         self,
-        host: tuple[HostImages, HostImages],
+        host: tuple[HostImages, ...],
         *,
         device: torch.device | str = "cpu",
         output_range: OutputRange = "tanh",
     ) -> dict[str, Tensor]:
         """Bring a host batch to the device, mirror it and map its values; no waiting for the device."""
         found = {}
-        for domain, (name, (pixels, flips)) in enumerate(zip("AB", host)):
+        for domain, (name, (pixels, flips, labels)) in enumerate(zip("AB", host)):
             x = pixels if isinstance(pixels, Tensor) else to_device(pixels, torch.device(device))
             low_high, clamp = self.ranges[domain], self.clamps(domain)
             found[name] = map_values(x, low_high, output_range=output_range, flips=flips, clamp=clamp)
+            if labels is not None:
+                found["label"] = to_device(labels, torch.device(device))
         return found
 
     def images(
@@ -227,7 +232,8 @@ class Split:
             image = store[number]
             parts.append(image if side is None else image[top : top + side, left : left + side])
         flips = [bool(flip) for flip in chosen[:, 3]] if self._flip else []
-        return HostImages(self._stacked(parts, domain, None if out is None else out[domain]), flips)
+        labels = None if self.labels is None or domain else self.labels[chosen[:, 0]]
+        return HostImages(self._stacked(parts, domain, None if out is None else out[domain]), flips, labels)
 
     def _stacked(self, parts: list[np.ndarray], domain: int, out: np.ndarray | None = None) -> np.ndarray:
         store = self.stores[domain]
@@ -254,7 +260,8 @@ class Data:
     """Everything `open_data` found; domains are already swapped for direction BtoA.
 
     channels, ranges: of A and B; a range holds the values that become black and white. size: side of the
-    square training images, None where sizes differ. notes: remarks for the user, one line each.
+    square training images, None where sizes differ. notes: remarks for the user, one line each. labels: names
+    of the numbers in a label of A; without a domain B their count stands for its channels.
     """
 
     name: str
@@ -266,11 +273,12 @@ class Data:
     paired: bool
     size: int | None
     notes: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
     @property
     def shown(self) -> Split:
         """The images to show samples of: the test images, or the training images where a domain has none."""
-        return self.test if self.test.len_A and self.test.len_B else self.train
+        return self.test if all(len(store) for store in self.test.stores) else self.train
 
 
 def open_data(
@@ -322,7 +330,7 @@ def open_data(
         folder = Path(cache) if cache is not None else None
         stores = read_folder(Path(root), wanted, folder, progress, notes)
     train, test = (stores["train_A"], stores["train_B"]), (stores["test_A"], stores["test_B"])
-    ranges = _ranges(train, (range_a, range_b), notes)
+    ranges = ranges_of(train, (range_a, range_b), notes)
     notes += _remarks(train, test, paired)
     if direction == "BtoA":
         train, test, ranges = train[::-1], test[::-1], ranges[::-1]
@@ -387,9 +395,10 @@ def _digits(
     return stores
 
 
-def _ranges(
+def ranges_of(
     stores: tuple[Images, Images], given: tuple[Range | None, Range | None], notes: list[str]
 ) -> tuple[Range, Range]:
+    """The values of A and of B that become black and white: as given, or by type and images."""
     ranges: list[Range] = []
     for letter, store, limits in zip("AB", stores, given):
         if limits is not None:

@@ -24,7 +24,7 @@ from fastgan.data.dataset import Data, HostImages, Split
 from fastgan.data.images import DataError
 from fastgan.data.resident import SHARE, Resident, fits, one_size
 
-Host = tuple[HostImages, HostImages]
+Host = tuple[HostImages, ...]
 # memory for the pixels of A and of B
 Buffers = list[np.ndarray]
 
@@ -74,7 +74,7 @@ class Loader:
         self._in_transfer: deque[_Staged] = deque()
         # those that are ready, one that is filled, one whose transfer is queued, one that is used
         for _ in range(max(1, depth) + 3):
-            sizes = [batch_size * split.largest(domain) for domain in (0, 1)]
+            sizes = [batch_size * split.largest(domain) for domain in range(len(split.stores))]
             self._free.put([torch.empty(n, dtype=torch.uint8, pin_memory=cuda).numpy() for n in sizes])
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(start,), name="loader", daemon=True)
@@ -112,10 +112,10 @@ class Loader:
             self._staged.append(_Staged(host, buffers, None))
             return
         with torch.cuda.stream(self._stream):
-            a, b = (HostImages(self._sent(images.pixels), images.flips) for images in host)
+            sent = tuple(images._replace(pixels=self._sent(images.pixels)) for images in host)
             done = torch.cuda.Event()
             done.record()
-        self._staged.append(_Staged((a, b), buffers, done))
+        self._staged.append(_Staged(sent, buffers, done))
 
     def _sent(self, pixels: np.ndarray | Tensor) -> Tensor:
         return pixels if isinstance(pixels, Tensor) else to_device(pixels, self._device)

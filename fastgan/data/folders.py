@@ -8,14 +8,24 @@ Layouts, in the order in which they are looked for (names in any case):
     A/ B/                                    no test images
     train/*.jpg [test/*.jpg]                 A and B side by side in one picture, A on the left
 
+One domain, with labels where there are some (`find_labelled`):
+
+    [train/]CLASS/*.jpg [test/CLASS/*.jpg]   the folder of an image is its class
+    list_attr*.txt + *.jpg in any folder     CelebA's list: a line of names, then a line of 1 and -1 an image
+    [train/]*.jpg [test/*.jpg]               no labels
+
 Each folder may hold further folders. Test images are those of "test", without them those of "val". Pairs in
 separate folders belong together by their path below it without the suffix; unpaired training on pairs is
 fine.
 """
 
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from fastgan.data.images import IMAGE_SUFFIXES, DataError, list_images
 
@@ -174,3 +184,105 @@ def _some(names: list[str], domain: str) -> str:
         return f"0 only in {domain}"
     more = ", ..." if len(names) > 3 else ""
     return f"{len(names)} only in {domain} ({', '.join(names[:3])}{more})"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """names: what the numbers of a label mean; table: the label (names,) float32 of an image by its name;
+    classes: exactly one number is 1."""
+
+    names: tuple[str, ...]
+    table: Mapping[str, np.ndarray]
+    classes: bool = True
+
+    def of(self, names: Sequence[str]) -> np.ndarray:
+        """Labels (N, names) of images; those of a multi-page file are its own."""
+        table = self.table
+        rows = [table[name] if name in table else table[name.rpartition("_")[0]] for name in names]
+        return np.array(rows, np.float32).reshape(-1, len(self.names))
+
+
+def find_labelled(
+    root: Path, *, attributes: Sequence[str] = (), skip_bad: bool = False, notes: list[str]
+) -> tuple[Layout, Labels]:
+    """Find the images of one domain, as A, and their labels; without labels `names` is empty.
+
+    Of a list without test folders a tenth, at most 1,999 images, are test images: the first ones in the order
+    of StarGAN's code (Python's generator, seed 1234). attributes: names of the list to use, in that order.
+    skip_bad: leave out images that the list does not name. Raises DataError for everything that is wrong.
+    """
+    if not root.is_dir():
+        kind = "is not a folder" if root.exists() else "no such folder"
+        raise DataError(f"{root}: {kind}; --data takes the folder that holds the images")
+    train = _child(root, "train")
+    folder = (_child(root, "test") or _child(root, "val")) if train is not None else None
+    a = _sources(train or root)
+    b = _sources(folder, may_be_empty=True) if folder is not None else ()
+    name = folder.name if folder is not None else ""
+    lists = sorted(root.glob("list_attr*.txt"))
+    if lists:
+        names, table = _read_list(lists[0], attributes)
+        unknown = [source.path.name for source in a + b if source.path.name not in table]
+        if unknown and not skip_bad:
+            raise DataError(
+                f"{lists[0]}: does not name {unknown[0]} ({len(unknown)} such); --skip-bad leaves it out"
+            )
+        if unknown:
+            notes.append(
+                f"left out {len(unknown)} images that {lists[0].name} does not name: {unknown[0]}, ..."
+            )
+        a, b = (tuple(s for s in sources if s.path.name in table) for sources in (a, b))
+        if not a:
+            raise DataError(f"{lists[0]}: names none of the images below {root}")
+        if folder is None:
+            order = list(a)
+            random.Random(1234).shuffle(order)
+            held = set(order[: min(1999, len(a) // 10)])
+            a, b = tuple(s for s in a if s not in held), tuple(s for s in a if s in held)
+        labels = Labels(names, {s.name: table[s.path.name] for s in a + b}, classes=False)
+        return Layout("attribute list", Files(a), Files(b), name), labels
+    if attributes:
+        raise DataError(f"{root}: --attributes needs a list_attr*.txt there, as CelebA has")
+    groups = {source.name: source.name.partition("/")[0] for source in a + b if "/" in source.name}
+    classes = sorted({groups[source.name] for source in a if source.name in groups}, key=_natural)
+    if len(groups) < len({source.name for source in a + b}) or len(classes) < 2:
+        return Layout("images", Files(a), Files(b), name), Labels((), {})
+    strange = sorted(set(groups.values()) - set(classes))
+    if strange:
+        raise DataError(f"{folder}: class {strange[0]} is not in the training folder")
+    rows = dict(zip(classes, np.eye(len(classes), dtype=np.float32)))
+    table = {name: rows[group] for name, group in groups.items()}
+    return Layout("class folders", Files(a), Files(b), name), Labels(tuple(classes), table)
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Numbers in their order, before words."""
+    return (int(name), name) if name.isdecimal() else (2**63, name)
+
+
+def _read_list(path: Path, attributes: Sequence[str]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """The wanted names of an attribute list, and 0 or 1 for each by file name."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    first = 1 if lines and lines[0].strip().isdecimal() else 0  # CelebA begins with the number of images
+    names = lines[first].split() if len(lines) > first else []
+    wanted = tuple(attributes) or tuple(names)
+    missing = [name for name in wanted if name not in names]
+    if not names or missing:
+        has = f"it has {', '.join(names[:40])}" if names else "it has no line of names"
+        raise DataError(f"{path}: no attribute {missing[0] if missing else 'names'}; {has}")
+    columns = [names.index(name) for name in wanted]
+    table = {}
+    for number, line in enumerate(lines[first + 1 :], first + 2):
+        file, *values = line.split() or [""]
+        if not file:
+            continue
+        if len(values) != len(names) or not set(values) <= {"1", "-1", "0"}:
+            raise DataError(
+                f"{path}, line {number}: must be a file name and {len(names)} times 1 or -1, got "
+                f"{len(values)}: {' '.join(values[:4])}"
+            )
+        table[file] = np.array([values[k] == "1" for k in columns], np.float32)
+    return wanted, table

@@ -57,10 +57,16 @@ def _jobs_of(files: Files, together: bool) -> list[Job]:
 
 
 def read_folder(
-    root: Path, wanted: Wanted, cache: Path | None, progress: bool, notes: list[str]
+    root: Path,
+    wanted: Wanted,
+    cache: Path | None,
+    progress: bool,
+    notes: list[str],
+    layout: Layout | None = None,
 ) -> dict[str, Images]:
-    """Read the four stores of a folder, from the cache if there is a whole one."""
-    layout = find_layout(root, paired=wanted.paired)
+    """Read the four stores of a folder, from the cache if there is a whole one. layout: where it is known;
+    without images of B its stores are empty."""
+    layout = layout or find_layout(root, paired=wanted.paired)
     splits = {"train": layout.train, "test": layout.test}
     if wanted.max_images is not None:
         n = wanted.max_images
@@ -95,6 +101,10 @@ def _decode(
     for domain in (0, 1):
         sources = [source for files in splits.values() for source in (files.A, files.B)[domain]]
         known = {source.path: probes[source.path] for source in sources if source.path in probes}
+        if not sources:
+            channels.append(channels[0])
+            dtypes.append(dtypes[0])
+            continue
         if not known:
             raise DataError(f"{sources[0].path.parent}: none of the {len(sources)} images can be read")
         channels.append(wanted.channels[domain] or _common_channels(known, domain))
@@ -120,7 +130,7 @@ def _decode(
             raise _bad_files(faults, total)
         broken |= {str(fault): fault for fault in faults}
         stores |= {f"{name}_A": a, f"{name}_B": b}
-    for letter in "AB":
+    for letter in "AB" if layout.train.B else "A":
         if not len(stores[f"train_{letter}"]):
             first = next(iter(broken.values()))
             raise DataError(

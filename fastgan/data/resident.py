@@ -30,7 +30,7 @@ def fits(split: Split, free_bytes: int) -> bool:
 def one_size(split: Split) -> list[tuple[int, int]] | None:
     """Height and width of a training image of A and of B, None where those of a domain are unequal."""
     if split.crop is not None:
-        return [(split.crop, split.crop)] * 2
+        return [(split.crop, split.crop)] * len(split.stores)
     sizes = [{(height, width) for _, height, width in store.index.tolist()} for store in split.stores]
     return [size.pop() for size in sizes] if all(len(size) == 1 for size in sizes) else None
 
@@ -82,9 +82,12 @@ class Resident:
                 image = to_device(store[i], torch.device("cpu")).flatten()
                 flat[end - len(image) : end].copy_(image)
             self._pixels.append(flat)
+        if split.labels is not None:
+            self._labels = to_device(split.labels, self._device)
+            self._starts = torch.from_numpy(self._places[0]).to(self._device)
 
     def records(self, k: int) -> Tensor:
-        """Return what batch k consists of, (2, batch_size, 6) int64 on the host: see `crop_images`."""
+        """Return what batch k consists of, (domains, batch_size, 6) int64 on the host: see `crop_images`."""
         chosen = self._split.choose(k, self._batch_size, seed=self._seed, rank=self._rank, ranks=self._ranks)
         parts = []
         for (number, top, left, flip), places, store in zip(
@@ -106,6 +109,9 @@ class Resident:
                 output_range=self._output_range,
                 clamp=self._split.clamps(domain),
             )
+        if self._split.labels is not None:
+            # the image that begins at the place of the record
+            found["label"] = self._labels[torch.searchsorted(self._starts, records[0, :, 0].contiguous())]
         return found
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

@@ -12,7 +12,7 @@ SMALL = 64  # largest side of an image that a classifier is shown
 
 
 def train_classifier(
-    x: Tensor, labels: Tensor, *, classes: int = 10, epochs: int = 30, seed: int = 0
+    x: Tensor, labels: Tensor, *, classes: int = 10, epochs: int = 30, seed: int = 0, smoothing: float = 0.05
 ) -> nn.Module:
     """A small convolutional classifier for images of at least 16x16, trained on the spot; leaves torch's
     generator alone.
@@ -23,6 +23,7 @@ def train_classifier(
         classes: number of classes.
         epochs: passes over the images, each shifted by up to 2 pixels at random.
         seed: of weights, order and shifts.
+        smoothing: share of the target that goes to all classes evenly.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -40,7 +41,7 @@ def train_classifier(
             for index in torch.randperm(len(x))[: len(x) // 64 * 64 or len(x)].split(64):
                 dy, dx = torch.randint(-2, 3, (2,)).tolist()
                 image = torch.roll(x[index].float(), (dy, dx), (2, 3))
-                loss = F.cross_entropy(net(image), labels[index].long(), label_smoothing=0.05)
+                loss = F.cross_entropy(net(image), labels[index].long(), label_smoothing=smoothing)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -1,7 +1,18 @@
 """One file per system: settings, presets, networks and two pure loss functions."""
 
 from fastgan.recipes.base import Recipe
+from fastgan.recipes.cgan import CGAN
 from fastgan.recipes.cyclegan import CycleGAN
+from fastgan.recipes.dcgan import DCGAN
 from fastgan.recipes.pix2pix import Pix2Pix
+from fastgan.recipes.wgan import WGAN
+from fastgan.recipes.wgan_gp import WGANGP
 
-RECIPES: dict[str, type[Recipe]] = {"cyclegan": CycleGAN, "pix2pix": Pix2Pix}
+RECIPES: dict[str, type[Recipe]] = {
+    "cyclegan": CycleGAN,
+    "pix2pix": Pix2Pix,
+    "dcgan": DCGAN,
+    "cgan": CGAN,
+    "wgan": WGAN,
+    "wgan-gp": WGANGP,
+}

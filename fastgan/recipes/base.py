@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastgan import losses
 from fastgan.config import Config
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator, init_weights
+from fastgan.models.patchgan import smallest_side
 from fastgan.stack import run_together
 
 Nets = dict[str, nn.Module]
@@ -33,14 +34,17 @@ class Direction(NamedTuple):
 
 
 class Recipe(Protocol):
-    """One system. Batches hold images (N, C, H, W) under "A" and "B"; fakes are named by the domain they
-    imitate."""
+    """One system. Batches hold images (N, C, H, W) under the names of its `domains`, where it is `labelled`
+    the labels of A (N, labels) in 0..1 under "label", and standard normal numbers (N, n) under the names of
+    its `noise`; fakes are named by the domain they imitate."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     config_class: ClassVar[type[Config]]
     presets: ClassVar[dict[str, dict[str, Any]]]
     paired: ClassVar[bool]
+    domains: ClassVar[tuple[str, ...]]
+    labelled: ClassVar[bool]
     order: ClassVar[Literal["g-first", "d-first"]]
     generators: ClassVar[tuple[str, ...]]
     discriminators: ClassVar[tuple[str, ...]]
@@ -53,8 +57,18 @@ class Recipe(Protocol):
         """The frozen settings, of `config_class`."""
         ...
 
+    @property
+    def noise(self) -> dict[str, int]:
+        """Random numbers that a batch brings for each image, by name."""
+        ...
+
     def networks(self, channels_a: int, channels_b: int) -> Nets:
-        """Freshly initialised networks by upstream's names."""
+        """Freshly initialised networks by upstream's names. channels_b: without a domain B the numbers in a
+        label."""
+        ...
+
+    def unfit(self, height: int, width: int) -> str:
+        """What the networks need where they do not take images of a size, "" where they do."""
         ...
 
     def translate(self, nets: Nets, batch: Batch) -> Batch:
@@ -69,6 +83,18 @@ class Recipe(Protocol):
     def discriminator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """What the discriminators minimise together and its detached terms; fakes are detached inside."""
         ...
+
+
+def unfit_translator(config: Config, height: int, width: int) -> str:
+    """`Recipe.unfit` of `make_generator` and `make_discriminator`."""
+    resnet = config.generator == "resnet"
+    multiple, least = 4 if resnet else 2**config.levels, smallest_side(config.patch)
+    if height % multiple or width % multiple:
+        network = "a ResNet" if resnet else f"{config.generator} with --levels {config.levels}"
+        return f"{network} needs multiples of {multiple}; change --crop-size, --preprocess or --levels"
+    if min(height, width) < least:
+        return f"--patch {config.patch} needs at least {least}; choose a smaller --patch"
+    return ""
 
 
 def make_generator(config: Config, cin: int, cout: int) -> nn.Module:
@@ -96,9 +122,12 @@ def make_discriminator(config: Config, cin: int) -> nn.Module:
 
 
 class Trial(NamedTuple):
-    """What one discriminator is shown: real images and fakes (N, C, H, W), and its name in the log."""
+    """What one discriminator is shown: real images and fakes (N, C, H, W), and its name in the log.
 
-    critic: nn.Module
+    critic: the network, or for `score` any function of images, such as one that was given their labels.
+    """
+
+    critic: Any
     real: Tensor
     fake: Tensor
     name: str
@@ -124,7 +153,9 @@ def score(
             real_weight=config.d_real_weight, fake_weight=config.d_fake_weight,
         )  # fmt: skip
         if config.gan_mode == "wgan-gp":
-            loss = loss + config.lambda_gp * losses.gradient_penalty(trial.critic, trial.real, trial.fake)
+            loss = loss + config.lambda_gp * losses.gradient_penalty(
+                trial.critic, trial.real, trial.fake, config.gp_at
+            )
         found.append(loss)
         terms |= {
             trial.name: loss.detach(),

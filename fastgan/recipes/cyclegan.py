@@ -24,6 +24,7 @@ from fastgan.recipes.base import (
     judge,
     make_discriminator,
     make_generator,
+    unfit_translator,
 )
 from fastgan.stack import run_together
 
@@ -44,6 +45,9 @@ class CycleGAN:
     title: ClassVar[str] = "CycleGAN"
     config_class: ClassVar[type[settings.Config]] = CycleGANConfig
     paired: ClassVar[bool] = False
+    domains: ClassVar[tuple[str, ...]] = ("A", "B")
+    labelled: ClassVar[bool] = False
+    noise: ClassVar[dict[str, int]] = {}
     order: ClassVar[Literal["g-first", "d-first"]] = "g-first"
     generators: ClassVar[tuple[str, ...]] = ("G_A", "G_B")
     discriminators: ClassVar[tuple[str, ...]] = ("D_A", "D_B")
@@ -75,6 +79,10 @@ class CycleGAN:
             "D_A": make_discriminator(c, channels_b),
             "D_B": make_discriminator(c, channels_a),
         }
+
+    def unfit(self, height: int, width: int) -> str:
+        """See `unfit_translator`."""
+        return unfit_translator(self.config, height, width)
 
     def translate(self, nets: Nets, batch: Batch) -> Batch:
         """{"B": G_A(A), "A": G_B(B)}; with gradients also the identity images "idt_A": G_A(B), "idt_B"."""

@@ -25,6 +25,7 @@ from fastgan.recipes.base import (
     make_discriminator,
     make_generator,
     score,
+    unfit_translator,
 )
 
 
@@ -47,6 +48,9 @@ class Pix2Pix:
     title: ClassVar[str] = "pix2pix"
     config_class: ClassVar[type[settings.Config]] = Pix2PixConfig
     paired: ClassVar[bool] = True
+    domains: ClassVar[tuple[str, ...]] = ("A", "B")
+    labelled: ClassVar[bool] = False
+    noise: ClassVar[dict[str, int]] = {}
     order: ClassVar[Literal["g-first", "d-first"]] = "d-first"
     generators: ClassVar[tuple[str, ...]] = ("G",)
     discriminators: ClassVar[tuple[str, ...]] = ("D",)
@@ -74,6 +78,10 @@ class Pix2Pix:
             "G": make_generator(self.config, channels_a, channels_b),
             "D": make_discriminator(self.config, channels_a + channels_b),
         }
+
+    def unfit(self, height: int, width: int) -> str:
+        """See `unfit_translator`."""
+        return unfit_translator(self.config, height, width)
 
     def translate(self, nets: Nets, batch: Batch) -> Batch:
         """{"B": G(A)}."""

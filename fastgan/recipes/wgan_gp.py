@@ -1,0 +1,41 @@
+"""WGAN with a gradient penalty (Gulrajani et al. 2017, arXiv 1704.00028).
+
+Algorithm 1: five updates of the critic in a step, penalty 10 at points between real and generated images,
+Adam with betas 0 and 0.9. The penalty is per image, so the critic has layer norm, not batch norm (section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from fastgan import config as settings
+from fastgan.recipes.noise import NoiseConfig, NoiseRecipe
+
+
+@dataclass(frozen=True)
+class WGANGPConfig(NoiseConfig):
+    """Settings of algorithm 1."""
+
+    gan_mode: Literal["lsgan", "vanilla", "hinge", "wgan", "wgan-gp"] = "wgan-gp"  # adversarial loss
+    norm_d: Literal["batch", "instance", "layer", "none"] = "layer"  # normalisation of the discriminator
+    lr: float = 1e-4  # learning rate of G
+    beta1: float = 0.0  # Adam
+    beta2: float = 0.9  # Adam
+    n_critic: int = 5  # updates of D in a step, each on a batch of its own
+
+
+class WGANGP(NoiseRecipe):
+    """Settings; the losses are those of every system from noise."""
+
+    name: ClassVar[str] = "wgan-gp"
+    title: ClassVar[str] = "WGAN-GP"
+    config_class: ClassVar[type[settings.Config]] = WGANGPConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {},
+        "digits": {
+            "ngf": 24, "ndf": 24, "noise_size": 64, "norm_d": "none", "lr": 5e-4, "batch_size": 32,
+            "epochs": 75, "load_size": 32, "crop_size": 32, "log_every": 25, "sample_every": 200,
+            "save_every": 200,
+        },
+    }  # fmt: skip
