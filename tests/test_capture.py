@@ -30,12 +30,16 @@ from fastgan.recipes.base import Batch
 from fastgan.step import WARM_UP, Step
 
 TINY: dict[str, Any] = {"ngf": 4, "ndf": 4, "patch": 16, "lr": 2**-7, "init_gain": 0.2}
+NOISE: dict[str, Any] = {"patch": 70, "load_size": 16, "crop_size": 16, "noise_size": 5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cyclegan": ("cyclegan", {"blocks": 1, "pool_size": 3, "ema": 0.9}),
     "cyclegan batch norm": ("cyclegan", {"blocks": 1, "pool_size": 5, "norm": "batch"}),
     "cyclegan two updates of D": ("cyclegan", {"blocks": 1, "pool_size": 3, "n_critic": 2, "accumulate": 2}),
     "pix2pix": ("pix2pix", {"levels": 4, "dropout": False}),
     "pix2pix pool": ("pix2pix", {"levels": 4, "dropout": False, "pool_size": 4, "gan_mode": "wgan"}),
+    "dcgan": ("dcgan", {**NOISE, "ema": 0.9, "n_gen": 2, "minibatch_std": True}),
+    "cgan spectral norm": ("cgan", {**NOISE, "architecture": "dcgan", "spectral_norm": True}),
+    "wgan": ("wgan", {**NOISE, "n_critic": 2, "optimizer": "adam"}),
 }
 
 
@@ -117,10 +121,11 @@ def make(case: str, monkeypatch: pytest.MonkeyPatch, recorder: type | None = Non
 
 def batches(step: Step, index: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(index)
-    count = step.config.n_critic * step.config.accumulate
-    return [
-        {key: torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1 for key in "AB"} for _ in range(count)
-    ]
+    found: list[Batch] = []
+    for _ in range(step.config.batches):
+        images = {key: torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1 for key in step.recipe.domains}
+        found.append(images | ({"label": torch.eye(3)[:2]} if step.recipe.labelled else {}))
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -228,10 +233,12 @@ def run_hollow(step_class: type[Step], name: str, settings: dict[str, Any], monk
         shape = (step.config.batch_size, 3, 64, 64)
         given = [
             {key: torch.empty(shape, memory_format=torch.channels_last) for key in "AB"}
-            for _ in range(step.config.n_critic)
+            for _ in range(step.config.batches)
         ]
-        plan = torch.empty(len(given), len(step.pools), 2, len(given[0]["A"]), dtype=torch.int64)
+        plan = torch.empty(step.config.n_critic, len(step.pools), 2, len(given[0]["A"]), dtype=torch.int64)
         drawn = {"plan": plan}
+        for key, numbers in recipe.noise.items():
+            drawn[key] = torch.empty(len(given), len(given[0]["A"]), numbers)
         # the first step makes the optimisers' and the pools' memory
         run(step._body(given, drawn, True))
         with Watch():
@@ -246,6 +253,8 @@ FAST: dict[str, tuple[str, dict[str, Any]]] = {
     "pix2pix": ("pix2pix", {"levels": 6}),
     "pix2pix pool": ("pix2pix", {"levels": 6, "norm": "instance", "pool_size": 7, "batch_size": 2}),
     "wgan": ("cyclegan", {"blocks": 1, "gan_mode": "wgan", "n_critic": 2, "optimizer": "adam"}),
+    "dcgan": ("dcgan", {"ngf": 4, "batch_size": 2, "n_gen": 2, "ema": 0.9}),
+    "penalty of noise": ("wgan-gp", {"ngf": 4, "batch_size": 2, "n_critic": 2}),
     "penalty": ("pix2pix", {"levels": 6, "gan_mode": "wgan-gp", "norm": "instance"}),
 }
 

@@ -246,7 +246,7 @@ def find_labelled(
     groups = {source.name: source.name.partition("/")[0] for source in a + b if "/" in source.name}
     classes = sorted({groups[source.name] for source in a if source.name in groups}, key=_natural)
     if len(groups) < len({source.name for source in a + b}) or len(classes) < 2:
-        return Layout("images", Files(a), Files(b), name), Labels((), {})
+        return Layout("images", Files(a), Files(b), name), Labels((), {}, classes=False)
     strange = sorted(set(groups.values()) - set(classes))
     if strange:
         raise DataError(f"{folder}: class {strange[0]} is not in the training folder")
