@@ -86,7 +86,8 @@ def estimate(
     with fake, _Live() as live:
         nets = _networks(recipe, channels)
         step = Step(recipe, nets, device=torch.device("cpu"), autocast=autocast, memory=memory)
-        shapes = {k: (config.batch_size, c, *size) for k, c in zip(recipe.domains, channels)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        shapes |= {k: (config.batch_size, c, *size) for k, c in zip(recipe.domains, channels)}
         if recipe.labelled:
             shapes["label"] = (config.batch_size, channels[1])
         batches = [{k: torch.empty(shape) for k, shape in shapes.items()} for _ in range(count)]

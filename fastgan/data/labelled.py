@@ -6,6 +6,7 @@ A label is a row of float32: one-hot for classes, 0 or 1 an attribute. Layouts: 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -101,8 +102,10 @@ def _first(layout: Layout, labels: Labels, count: int | None) -> Layout:
 
 def _digits(channels: int | None, max_images: int | None) -> tuple[dict[str, Images], dict[str, np.ndarray]]:
     """The ink of all digits of a split, and their classes by name."""
-    stores, table = {}, {}
-    for split in ("train", "test"):
+    stores: dict[str, Images] = {}
+    table: dict[str, np.ndarray] = {}
+    splits: tuple[Literal["train", "test"], ...] = ("train", "test")
+    for split in splits:
         digits = make_digits(split, paired=True)
         ink = np.rint(digits.ink_A[:max_images, ..., None] * 255).astype(np.uint8)
         images = [match_channels(image, channels or 1) for image in ink]

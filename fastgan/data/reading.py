@@ -97,7 +97,8 @@ def _decode(
     total = len(probes) + len(faults)
     if faults and not wanted.skip_bad:
         raise _bad_files(faults, total)
-    channels, dtypes = [], []
+    channels: list[int] = []
+    dtypes: list[np.dtype[Any]] = []
     for domain in (0, 1):
         sources = [source for files in splits.values() for source in (files.A, files.B)[domain]]
         known = {source.path: probes[source.path] for source in sources if source.path in probes}

@@ -83,7 +83,7 @@ class DCGANGenerator(_FromNoise):
         super().__init__()
         bias = norm == "none"
         widths = [ngf << k for k in reversed(range(doublings(size)))]
-        layers = [ConvTranspose2d(noise + labels, widths[0], 4, 1, 0, bias=bias)]
+        layers: list[nn.Module] = [ConvTranspose2d(noise + labels, widths[0], 4, 1, 0, bias=bias)]
         layers += norm_act(norm, widths[0], "relu")
         for into, out in zip(widths, widths[1:]):
             layers += [ConvTranspose2d(into, out, 4, 2, 1, bias=bias), *norm_act(norm, out, "relu")]
