@@ -270,7 +270,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
             "padding": "zero" if zero else "reflect",
             "dropout": bool(blocks) and inside[-1] - inside[0] == (4 if zero else 5),
         } | {name: True for name, at in blurs.items() if f"model.{at}.filt" in state}  # fmt: skip
-    if "main.0" in conv and "main.1.weight" in state:
+    # a 7x7 entry: the networks of DCGAN have the same names
+    if "main.0" in conv and "main.1.weight" in state and conv["main.0"].shape[-1] == 7:
         entry = conv["main.0"]
         channels = conv[f"main.{max(int(k[5:]) for k in conv if re.fullmatch(r'main.[0-9]+', k))}"].shape[0]
         return {

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -21,15 +24,30 @@ from fastgan.recipes import RECIPES
 from fastgan.recipes.base import Recipe
 from fastgan.trainer import Diverged, Interrupted, Trainer
 
+
+def _each() -> str:
+    """A line for each recipe: its name and how its file begins."""
+    lines = []
+    for name, cls in RECIPES.items():
+        about = (inspect.getdoc(sys.modules[cls.__module__]) or cls.title).split("\n\n")[0]
+        about = re.sub(r" \([^)]*arXiv[^)]*\)", "", about)
+        lines.append(f"  {name:<9} {textwrap.shorten(about, 96, placeholder=' ...')}")
+    return "\n".join(lines)
+
+
 USAGE = f"""usage: python -m fastgan.train {{{",".join(RECIPES)}}} [flags]
 
   python -m fastgan.train cyclegan                  the embedded digits, in some minutes
   python -m fastgan.train cyclegan --data FOLDER    your images: trainA/ and trainB/
   python -m fastgan.train pix2pix --data FOLDER     your pairs: train/ with A and B side by side
+  python -m fastgan.train cgan --data FOLDER        images from noise: train/CLASS/*.png
   python -m fastgan.train cyclegan --help           all flags of a recipe
   torchrun --nproc-per-node 2 -m fastgan.train ...  the same on two GPUs
 
-The same command again goes on where the last one stopped."""
+The same command again goes on where the last one stopped.
+
+recipes:
+{_each()}"""
 
 
 def make_recipe(args: Sequence[str]) -> Recipe:

@@ -53,8 +53,8 @@ class CGAN(NoiseRecipe):
             "batch_size": 64,
         },
         "digits": {
-            "architecture": "dcgan", "ngf": 32, "ndf": 32, "noise_size": 64, "noise": "normal",
-            "output": "tanh", "batch_size": 32, "epochs": 50, "load_size": 32, "crop_size": 32,
-            "log_every": 50, "sample_every": 450, "save_every": 450,
+            "architecture": "dcgan", "ngf": 16, "ndf": 16, "noise": "normal", "noise_size": 64,
+            "output": "tanh", "lr": 5e-4, "ema": 0.99, "batch_size": 32, "epochs": 27, "load_size": 32,
+            "crop_size": 32, "log_every": 50, "sample_every": 300, "save_every": 300,
         },
     }  # fmt: skip

@@ -34,7 +34,8 @@ class WGAN(NoiseRecipe):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
         "digits": {
-            "ngf": 32, "ndf": 32, "noise_size": 64, "lr": 5e-4, "batch_size": 32, "epochs": 75,
-            "load_size": 32, "crop_size": 32, "log_every": 25, "sample_every": 200, "save_every": 200,
+            "ngf": 16, "ndf": 16, "noise_size": 64, "lr": 5e-4, "ema": 0.98, "batch_size": 32,
+            "epochs": 110, "load_size": 32, "crop_size": 32, "log_every": 50, "sample_every": 200,
+            "save_every": 200,
         },
     }  # fmt: skip
