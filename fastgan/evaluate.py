@@ -243,9 +243,11 @@ def evaluate(given: Arguments) -> tuple[Found, str, Path | None, dict[str, objec
         load_run(given.run, device)  # says what is missing
     with (_of_run if ours else _of_file)(given, given.run, device) as (system, step):
         tools = prepare(system.has(), device, **wanted)
+        if not tools.names and not system.ways:
+            raise UsageError(f"{given.run}: nothing to measure, its images have no classes")
         found = measure(system, tools)
     images = found.details["images"]
-    counts = f"{images['A']}" if images["A"] == images["B"] else f"{images['A']} and {images['B']}"
+    counts = f"{images['A']}" if images["B"] in (images["A"], 0) else f"{images['A']} and {images['B']}"
     at = "" if step is None else f", step {step}"
     heading = f"{given.run}{at}, {counts} {images['split']} images"
     path = given.run / "evaluation.json" if ours else None

@@ -75,11 +75,8 @@ def measure_generated(recipe: Recipe, nets: Nets, data: Data, device: torch.devi
         class_score_real of those.
         class_share_min, class_share_max: of the generated images, of the rarest and most frequent class.
         Where the recipe is labelled also label_accuracy: generated images that are read as their label, and
-        tstr_accuracy: held-out real images that a classifier trained on the generated ones reads correctly.
-        Empty without classes.
+        tstr: held-out real images that a classifier trained on the generated ones reads correctly.
     """
-    if data.train.labels is None or (data.train.labels.sum(1) != 1).any():
-        return {}
     classes = len(data.labels)
     labels = torch.arange(IMAGES) % classes
     given = F.one_hot(labels, classes).float() if recipe.labelled else None
@@ -101,8 +98,14 @@ def measure_generated(recipe: Recipe, nets: Nets, data: Data, device: torch.devi
     if recipe.labelled:
         learner = metrics.train_classifier(fake, labels, classes=classes)
         out["label_accuracy"] = metrics.accuracy(reader, fake, labels)
-        out["tstr_accuracy"] = metrics.accuracy(learner, held_out, held_labels)
+        out["tstr"] = metrics.accuracy(learner, held_out, held_labels)
     return out
+
+
+def has_classes(data: Data) -> bool:
+    """Whether every image has exactly one label."""
+    labels = data.train.labels
+    return labels is not None and labels.shape[1] > 1 and bool((labels.sum(1) == 1).all())
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from fastgan.config import Config, UsageError
 from fastgan.data.dataset import Data, Split
 from fastgan.data.digits import make_digits
 from fastgan.data.folders import find_layout
+from fastgan.generative import has_classes, measure_generated
 from fastgan.metrics import MEASURES, NEEDS, measure_of
 from fastgan.metrics.learned import FEATURES, INCEPTION, fetch, recognise
 from fastgan.metrics.pixels import WINDOW
@@ -31,13 +32,13 @@ from fastgan.models import translate_any_size
 from fastgan.recipes.base import Direction, Nets, Recipe
 
 TAUGHT = 2000  # images that a classifier is trained on at most
-HEAVY = ("digits", "classes")  # needs of measures that train a classifier: in training only by name
+HEAVY = ("digits", "classes", "drawn")  # needs of measures that train a classifier: in training only by name
 
 
 @dataclass
 class System:
     """Generators in evaluation mode by name, the ways they lead, and the images; pairs: image k of both
-    domains shows the same thing."""
+    domains shows the same thing; recipe: of a run, for one that has no ways."""
 
     nets: Nets
     ways: Sequence[Direction]
@@ -46,6 +47,7 @@ class System:
     device: torch.device
     pairs: bool
     digits: bool = False
+    recipe: Recipe | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, nets: Nets, data: Data, device: torch.device) -> System:
@@ -55,10 +57,12 @@ class System:
         if not pairs and c.data is not None and data.shown.names_A == data.shown.names_B:
             pairs = find_layout(c.data, paired=False).side_by_side
         digits = c.data is None and c.direction == "AtoB"
-        return cls(nets, list(recipe.directions.values()), data, c.output, device, pairs, digits)
+        return cls(nets, list(recipe.directions.values()), data, c.output, device, pairs, digits, recipe)
 
     def has(self) -> set[str]:
         """Which of `NEEDS` this system meets without further flags."""
+        if not self.ways:
+            return {"drawn"} if has_classes(self.data) else set()
         back = any(way.back for way in self.ways)
         classes = self.digits or bool(_classes(self.data))
         facts = {"pairs": self.pairs, "back": back, "digits": self.digits, "classes": classes}
@@ -205,6 +209,8 @@ def measure(system: System, tools: Tools) -> Found:
         target = _labelled(system, tools)
         for way in system.ways:
             _measure_way(system, tools, way, found, way.target == target)
+        if tools.names and not system.ways and system.recipe is not None:
+            found.values |= measure_generated(system.recipe, system.nets, system.data, device)
     return found
 
 

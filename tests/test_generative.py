@@ -107,7 +107,7 @@ def test_measures_of_a_perfect_and_of_a_collapsed_generator() -> None:
     data = open_labelled(None, labelled=True, geometry=Geometry("none", 32, 32))
     recipe, _ = make("cgan")
     good = measure_generated(recipe, {"G": Real(data.train, True)}, data, CPU)
-    assert good["label_accuracy"] > 0.99 and good["tstr_accuracy"] > 0.9
+    assert good["label_accuracy"] > 0.99 and good["tstr"] > 0.9
     assert good["class_score"] > 8 and good["class_score_real"] > 7.5
     assert good["class_share_min"] > 0.09 and good["class_share_max"] < 0.11
     recipe, _ = make("dcgan")
@@ -136,5 +136,5 @@ def test_a_run_from_the_command_line(
         assert picture.size[0] > 3 * 96  # two classes and real images
     assert "step_00000002" in (run / "index.html").read_text() or (run / "index.html").stat().st_size > 10_000
     evaluate.main([str(run), "--device", "cpu"])
-    assert "tstr_accuracy" in capsys.readouterr().out
+    assert "tstr" in capsys.readouterr().out
     assert json.loads((run / "evaluation.json").read_text())["class_share_max"] >= 0.5

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "schedule": {"config"},
     "step": {"config", "data", "graph", "layers", "optim", "recipes", "stack"},
     "memory": {"config", "models", "recipes", "stack", "step"},
-    "measure": {"checkpoint", "config", "data", "metrics", "models", "recipes"},
+    "measure": {"checkpoint", "config", "data", "generative", "metrics", "models", "recipes"},
     "trainer": {
         "",
         "measure",
@@ -64,6 +64,7 @@ MAY_IMPORT = {
         "sync_norm",
     },
     "train": {*LEAVES, "parallel", "recipes", "trainer"},
+    "generative": {"data", "metrics", "recipes"},
     "tiling": {"config", "layers", "stack"},
     "inference": {
         "checkpoint",

@@ -84,8 +84,8 @@ class Split:
 
     @property
     def names_B(self) -> list[str]:  # noqa: N802
-        """Names of the images of B, in the same form."""
-        return self.stores[1].names
+        """Names of the images of B, in the same form; none without a domain B."""
+        return self.stores[1].names if len(self.stores) > 1 else []
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return how many batches hold as many images as the larger domain, rounded up."""

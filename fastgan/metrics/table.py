@@ -35,6 +35,12 @@ MEASURES = {
     "tstr": Measure(True, "classes"),
     "trts": Measure(True, "classes"),
     "diversity": Measure(True, "samples"),
+    "class_score": Measure(True, "drawn"),
+    "class_score_real": Measure(None, "drawn"),
+    "class_share_min": Measure(True, "drawn"),
+    "class_share_max": Measure(False, "drawn"),
+    "class_accuracy_real": Measure(None, "drawn"),
+    "label_accuracy": Measure(True, "drawn"),
 }
 NEEDS = {
     "pairs": "pairs: data for pix2pix, or A and B side by side in one image",
@@ -43,6 +49,7 @@ NEEDS = {
     "digits": "the embedded digits in direction AtoB",
     "classes": "known classes: the embedded digits, or a folder a class, the same ones in both domains",
     "samples": "--samples of at least 2, and a generator",
+    "drawn": "a generator of images from noise, and classes",
     "inception": "images of both domains",
     "alexnet": "pairs, or --samples of at least 2",
 }
