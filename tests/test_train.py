@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastgan import checkpoint, train
 from fastgan.device import pick_precision
+from fastgan.recipes import RECIPES
 from fastgan.trainer import Trainer, _stack
 
 TINY = [
@@ -234,9 +235,13 @@ def test_usage_is_a_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     assert stop.value.code == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert len(lines) == 5 and all("-m fastgan.train " in line for line in lines)
-    assert all(line.count("  ") >= 2 and len(line) <= 100 for line in lines)
+    commands, recipes = (
+        [line for line in part.splitlines() if line.startswith("  ")]
+        for part in capsys.readouterr().out.split("recipes:\n")
+    )
+    assert len(commands) == 6 and all("-m fastgan.train " in line for line in commands)
+    assert all(line.count("  ") >= 2 and len(line) <= 100 for line in commands + recipes)
+    assert [line.split()[0] for line in recipes] == list(RECIPES)
 
 
 def test_unknown_recipe(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
