@@ -237,8 +237,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Network and its arguments, read off the keys and shapes of a state dict.
 
     Returns:
-        "network" (resnet, unet, encdec, stargan, patchgan) and the keyword arguments of its class; {} where
-        nothing fits. Dropout of a U-Net and reflect against replicate padding leave no trace.
+        "network" (resnet, unet, encdec, stargan, discogan, pan, patchgan) and the keyword arguments of its
+        class; {} where nothing fits. Dropout of a U-Net and reflect against replicate padding leave no trace.
     """
     conv = {k.removesuffix(".weight"): v for k, v in state.items() if k.endswith(".weight") and v.ndim == 4}
     has_batch = any(k.endswith("running_mean") for k in state)
@@ -278,6 +278,20 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
             "network": "stargan", "channels": channels, "labels": entry.shape[1] - channels,
             "ngf": entry.shape[0], "blocks": sum(k.endswith(".main.0") for k in conv),
         }  # fmt: skip
+    # a run of layers, or blocks of them
+    ups = sorted((k for k in conv if k.startswith("decoder.")), key=lambda k: int(k.split(".")[1]))
+    for network, first, second in (
+        ("discogan", "encoder.0", "encoder.2"),
+        ("pan", "encoder.0.0", "encoder.1.0"),
+    ):
+        if ups and first in conv and second in conv:
+            entry, biased = conv[first], f"{second}.bias" in state
+            narrow = {"bottleneck": len(conv["bottleneck.0"])} if "bottleneck.0" in conv else {}
+            return {
+                "network": network, "in_channels": entry.shape[1], "out_channels": conv[ups[-1]].shape[1],
+                "levels": len(ups), "ngf": entry.shape[0],
+                "norm": "batch" if has_batch else "none" if biased else "instance", **narrow,
+            }  # fmt: skip
     if "net.0" in conv or "model.0" in conv:
         head = "net" if "net.0" in conv else "model"
         fields = {("net", 3): 1, ("model", 3): 16, ("model", 4): 34, ("model", 5): 70, ("model", 6): 142,
@@ -378,7 +392,8 @@ def load_generator(
     if path == file and direction and name in ("G_A", "G_B") and forward != (name == "G_A"):
         raise UsageError(f"{file} is the other way: give its folder for --direction {direction}")
     # what leaves no trace in the weights comes from the header
-    extra = {"resnet": ("output", "padding"), "stargan": ()}.get(found["network"], ("output", "dropout"))
+    kept = {"resnet": ("output", "padding"), "stargan": (), "discogan": ("output",), "pan": ("output",)}
+    extra = kept.get(found["network"], ("output", "dropout"))
     if dropout and "dropout" in extra:
         found["dropout"] = True
     net = build(found | {key: settings[key] for key in extra if key in settings})
@@ -398,7 +413,7 @@ def load_generator(
     dtypes = [np.dtype(d) for d in about.get("dtypes", ["uint8", "uint8"])]
     return Loaded(
         net.eval(), weights, channels, (ranges[ends[0]], ranges[ends[1]]), (dtypes[ends[0]], dtypes[ends[1]]),
-        settings.get("output", "tanh"), file, about,
+        settings.get("output", "sigmoid" if found["network"] == "discogan" else "tanh"), file, about,
     )  # fmt: skip
 
 

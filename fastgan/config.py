@@ -79,7 +79,7 @@ class Config:
     padding: Literal["reflect", "replicate", "zero"] = "reflect"  # border of the ResNet
     dropout: bool = False  # dropout in the generators
     output: Literal["tanh", "sigmoid"] = "tanh"  # last activation; images are in [-1, 1] or [0, 1] with it
-    init: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal"  # initial weights
+    init: Literal["normal", "xavier", "kaiming", "orthogonal", "torch"] = "normal"  # initial weights
     init_gain: float = 0.02  # standard deviation or gain of the initial weights
 
     gan_mode: Literal["lsgan", "vanilla", "hinge", "wgan", "wgan-gp"] = "lsgan"  # adversarial loss

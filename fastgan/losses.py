@@ -2,12 +2,12 @@
 float32.
 
 Sources: LSGAN 1611.04076 with a = 0, b = c = 1; vanilla, non-saturating: Goodfellow et al. 2014; hinge: Lim
-and Ye 2017; WGAN 1701.07875; WGAN-GP 1704.00028, equation 3.
+and Ye 2017; WGAN 1701.07875; WGAN-GP 1704.00028, equation 3; feature matching: see there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -105,3 +105,45 @@ def gradient_penalty(
 def l1(x: Tensor, y: Tensor) -> Tensor:
     """Mean absolute difference of two equal shapes."""
     return (_full(x) - _full(y)).abs().mean()
+
+
+def mse(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of two equal shapes."""
+    return (_full(x) - _full(y)).square().mean()
+
+
+def feature_matching(
+    real: Sequence[Tensor],
+    fake: Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    between: Literal["images", "means"] = "images",
+) -> Tensor:
+    """Weighted sum over layers of the distance between a discriminator's features of real and of generated
+    images; a scalar, differentiable in both.
+
+    Args:
+        real, fake: one tensor (N, ...) a layer, equal shapes in a layer.
+        weights: one a layer; default 1 each.
+        between: "images": mean absolute difference, image by image, so the k-th real one has to be what the
+            k-th generated one should look like (PAN 1706.09138, equation 4; pix2pixHD 1711.11585, equation
+            4). "means": mean squared difference of the means over the batch (Salimans et al. 1606.03498,
+            section 3.1; DiscoGAN's code); the images need not belong together, and N may differ.
+
+    Raises:
+        ValueError: no layers, or not equally many.
+    """
+    weights = [1.0] * len(real) if weights is None else weights
+    if not real or not len(real) == len(fake) == len(weights):
+        counts = f"{len(real)} and {len(fake)} layers, {len(weights)} weights"
+        raise ValueError(f"feature_matching: needs equally many layers, at least one, got {counts}")
+    found = [
+        l1(x, y) if between == "images" else mse(_full(x).mean(0), _full(y).mean(0))
+        for x, y in zip(real, fake)
+    ]
+    return sum((w * d for w, d in zip(weights, found)), start=found[0].new_zeros(()))
+
+
+def weight_decay(parameters: Iterable[Tensor], factor: float) -> Tensor:
+    """Half the sum of squares times factor: its gradient, factor * w, is what Adam adds for weight decay."""
+    return torch.stack([_full(p).square().sum() for p in parameters]).sum() * (factor / 2)

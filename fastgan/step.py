@@ -107,6 +107,8 @@ class Step:
         self._recordings: dict[bool, Recording] = {}
         self._inputs: list[Source] = []
         self._drawn: dict[str, Tensor] = {}
+        # a number would be part of the recording
+        self._numbers = {k: torch.tensor(v, device=device) for k, v in recipe.numbers(0).items()}
         self._warm = 0
         config = self.config
         lr_d = config.lr if config.lr_d is None else config.lr_d
@@ -167,7 +169,8 @@ class Step:
             batches: (n_critic + n_gen - 1) * accumulate batches of images (N, C, H, W) on the device, or of
                 records for `expand`; the gradients of each `accumulate` of them are added up for one update.
                 The update that comes second takes the last batches of the one that comes first.
-            index: number of this step; with the seed it decides the noise and the draws of the history pool.
+            index: number of this step; with the seed it decides the noise and the draws of the history pool;
+                also the recipe's `numbers`.
             lr_factor: factor of both learning rates.
             watch: also measure gradient norms and the spread of the fakes.
 
@@ -187,6 +190,8 @@ class Step:
                     group["lr"].fill_(self.base_lr[name] * lr_factor)
                 else:
                     group["lr"] = self.base_lr[name] * lr_factor
+        for key, value in self.recipe.numbers(index).items():
+            self._numbers[key].fill_(value)
         first = batches[0]
         drawn = self._draw(
             len(batches), first.shape[1] if isinstance(first, Tensor) else len(first["A"]), index
@@ -278,12 +283,12 @@ class Step:
         return Report(tuple(terms), torch.stack(list(terms.values())))
 
     def _batch(self, source: Source, drawn: dict[str, Tensor], k: int) -> Batch:
-        """Images and noise of batch k."""
+        """Images, noise and numbers of batch k."""
         if isinstance(source, Tensor):
             assert self.expand is not None
             source = self.expand(source.to(self.device, non_blocking=True))
         noise = {key: drawn[key][k].to(source["A"], non_blocking=True) for key in self.recipe.noise}
-        return {**source, **noise}
+        return {**source, **noise, **self._numbers}
 
     @property
     def pools_are_fixed(self) -> bool:

@@ -9,9 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from fastgan.recipes.cyclegan import CycleGAN, CycleGANConfig
-from fastgan.recipes.pix2pix import Pix2Pix
+from fastgan.recipes import RECIPES
+from fastgan.recipes.base import Recipe
+from fastgan.recipes.cyclegan import CycleGANConfig
+from fastgan.recipes.discogan import DiscoGANConfig
+from fastgan.recipes.pan import PANConfig
 from fastgan.step import Step
+from tests.reference_features import (
+    ReferenceDiscoGAN,
+    ReferenceDiscoGenerator,
+    ReferencePAN,
+    ReferencePANGenerator,
+    disco_discriminator,
+    pan_discriminator,
+)
 from tests.reference_systems import (
     Batch,
     Nets,
@@ -31,10 +42,16 @@ MODES = ["lsgan", "vanilla", "hinge", "wgan", "wgan-gp"]
 LOSS_FIELDS = [
     *("gan_mode", "real_label", "d_real_weight", "d_fake_weight", "lambda_A", "lambda_B", "lambda_identity"),
     *("lambda_L1", "lambda_gp", "clip", "lr", "lr_d", "beta1", "beta2", "optimizer", "ema"),
+    *("lambda_gan", "lambda_features", "rate", "start_rate", "curriculum", "weight_decay"),
+    *("lambda_perceptual", "margin"),
 ]
 TINY: dict[str, Any] = {"ngf": 4, "ndf": 4, "patch": 16, "init_gain": 0.2, "lr": 0.01, "pool_size": 0}
 CYCLE: dict[str, Any] = {**TINY, "generator": "resnet", "blocks": 1, "norm": "instance", "dropout": False}
 PIX: dict[str, Any] = {**TINY, "generator": "unet", "levels": 4, "norm": "batch", "dropout": False}
+
+FEATURES: dict[str, Any] = {"ngf": 4, "init": "normal", "init_gain": 0.2, "lr": 0.01}
+DISCO: dict[str, Any] = {**FEATURES, "ndf": 4, "levels": 2, "load_size": 16, "crop_size": 16}
+PERCEPTUAL: dict[str, Any] = {**FEATURES, "ndf": 8, "levels": 4, "load_size": 64, "crop_size": 64}
 
 
 def make_batches(
@@ -67,8 +84,18 @@ def twin_discriminator(config: Any, channels: int) -> nn.Module:
 def make_twin(config: Any, nets: Nets, a: int, b: int) -> ReferenceSystem:
     settings = {name: getattr(config, name) for name in LOSS_FIELDS if hasattr(config, name)}
     twins: Nets
-    system: type[ReferenceCycleGAN] | type[ReferencePix2Pix]
-    if isinstance(config, CycleGANConfig):
+    system: Any
+    if isinstance(config, DiscoGANConfig):
+        c, settings["levels"], system = config, config.levels, ReferenceDiscoGAN
+        form = c.levels, c.ngf, c.norm, c.bottleneck, c.output
+        twins = {"G_A": ReferenceDiscoGenerator(a, b, *form), "G_B": ReferenceDiscoGenerator(b, a, *form)}
+        twins["D_A"] = disco_discriminator(b, c.levels, c.ndf, c.norm)
+        twins["D_B"] = disco_discriminator(a, c.levels, c.ndf, c.norm)
+    elif isinstance(config, PANConfig):
+        twins = {"G": ReferencePANGenerator(a, b, config.levels, config.ngf, config.norm)}
+        twins["D"] = pan_discriminator(b, config.crop_size, config.ndf, config.norm)
+        system = ReferencePAN
+    elif isinstance(config, CycleGANConfig):
         twins = {"G_A": twin_generator(config, a, b), "G_B": twin_generator(config, b, a)}
         twins |= {"D_A": twin_discriminator(config, b), "D_B": twin_discriminator(config, a)}
         system = ReferenceCycleGAN
@@ -99,8 +126,8 @@ def assert_same_parameters(net: nn.Module, twin: nn.Module, at: tuple[object, ..
         assert_close(got[key], p, **close, msg=lambda m, key=key: f"{(*at, key)}: {m}")
 
 
-def make_recipe(config: Any) -> CycleGAN | Pix2Pix:
-    return CycleGAN(config) if isinstance(config, CycleGANConfig) else Pix2Pix(config)
+def make_recipe(config: Any) -> Recipe:
+    return next(cls for cls in RECIPES.values() if cls.config_class is type(config))(config)
 
 
 def assert_five_steps(

@@ -31,6 +31,7 @@ from fastgan.step import WARM_UP, Step
 
 TINY: dict[str, Any] = {"ngf": 4, "ndf": 4, "patch": 16, "lr": 2**-7, "init_gain": 0.2}
 NOISE: dict[str, Any] = {"patch": 70, "load_size": 16, "crop_size": 16, "noise_size": 5}
+FEATURES: dict[str, Any] = {"patch": 70, "levels": 2, "load_size": 32, "crop_size": 32}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cyclegan": ("cyclegan", {"blocks": 1, "pool_size": 3, "ema": 0.9}),
     "cyclegan batch norm": ("cyclegan", {"blocks": 1, "pool_size": 5, "norm": "batch"}),
@@ -40,6 +41,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dcgan": ("dcgan", {**NOISE, "ema": 0.9, "n_gen": 2, "minibatch_std": True}),
     "cgan spectral norm": ("cgan", {**NOISE, "architecture": "dcgan", "spectral_norm": True}),
     "wgan": ("wgan", {**NOISE, "n_critic": 2, "optimizer": "adam"}),
+    # the rate changes within the recording
+    "discogan": ("discogan", {**FEATURES, "lambda_features": 1.0, "curriculum": WARM_UP + 2}),
+    "pan": ("pan", {**FEATURES, "lambda_L1": 1.0}),
 }
 
 
@@ -122,8 +126,11 @@ def make(case: str, monkeypatch: pytest.MonkeyPatch, recorder: type | None = Non
 def batches(step: Step, index: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(index)
     found: list[Batch] = []
+    side = min(32, step.config.crop_size)
     for _ in range(step.config.batches):
-        images = {key: torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1 for key in step.recipe.domains}
+        images = {
+            key: torch.rand(2, 3, side, side, generator=generator) * 2 - 1 for key in step.recipe.domains
+        }
         found.append(images | ({"label": torch.eye(3)[:2]} if step.recipe.labelled else {}))
     return found
 
@@ -255,6 +262,8 @@ FAST: dict[str, tuple[str, dict[str, Any]]] = {
     "wgan": ("cyclegan", {"blocks": 1, "gan_mode": "wgan", "n_critic": 2, "optimizer": "adam"}),
     "dcgan": ("dcgan", {"ngf": 4, "batch_size": 2, "n_gen": 2, "ema": 0.9}),
     "penalty of noise": ("wgan-gp", {"ngf": 4, "batch_size": 2, "n_critic": 2}),
+    "discogan": ("discogan", {"ngf": 4, "batch_size": 2, "bottleneck": 8, "lambda_features": 1.0}),
+    "pan": ("pan", {"ngf": 4, "ndf": 8, "levels": 4, "crop_size": 64, "batch_size": 2}),
     "penalty": ("pix2pix", {"levels": 6, "gan_mode": "wgan-gp", "norm": "instance"}),
 }
 

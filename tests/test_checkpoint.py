@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from fastgan import checkpoint
 from fastgan.checkpoint import CheckpointError, describe, load_into, read_weights, say
-from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator, build
+from fastgan.models import (
+    DiscoGANGenerator,
+    PANGenerator,
+    PatchDiscriminator,
+    ResnetGenerator,
+    UnetGenerator,
+    build,
+)
 
 NETS = {
     "resnet 9 instance": lambda: ResnetGenerator(3, 3, ngf=4),
@@ -23,6 +30,17 @@ NETS = {
     "unet_128 instance": lambda: UnetGenerator(3, 2, ngf=2, levels=7, norm="instance"),
     "unet 2 none": lambda: UnetGenerator(1, 2, ngf=2, levels=2, norm="none"),
     "encdec": lambda: UnetGenerator(1, 2, ngf=2, levels=5, skips=False),
+    **{
+        f"discogan {norm} {width}": lambda norm=norm, width=width: DiscoGANGenerator(
+            3, 2, levels=4, ngf=2, norm=norm, bottleneck=width
+        )
+        for norm in ("batch", "instance", "none")
+        for width in (0, 7)
+    },
+    **{
+        f"pan {norm}": lambda norm=norm: PANGenerator(3, 2, ngf=2, norm=norm)
+        for norm in ("batch", "instance", "none")
+    },
     **{
         f"patch {field} {norm}": lambda field=field, norm=norm: PatchDiscriminator(
             6, ndf=2, receptive_field=field, norm=norm

@@ -6,15 +6,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgan.models.discogan import DiscoGANDiscriminator, DiscoGANGenerator
+from fastgan.models.features import FeatureDiscriminator
 from fastgan.models.init import init_weights
+from fastgan.models.pan import PANDiscriminator, PANGenerator
 from fastgan.models.patchgan import PatchDiscriminator
 from fastgan.models.resnet import ResnetGenerator
 from fastgan.models.stargan import StarGANGenerator
 from fastgan.models.unet import UnetGenerator
 
-GENERATORS = ("resnet", "unet", "encdec", "stargan")
+GENERATORS = ("resnet", "unet", "encdec", "stargan", "discogan", "pan")
 __all__ = [
     "GENERATORS",
+    "DiscoGANDiscriminator",
+    "DiscoGANGenerator",
+    "FeatureDiscriminator",
+    "PANDiscriminator",
+    "PANGenerator",
     "PatchDiscriminator",
     "ResnetGenerator",
     "StarGANGenerator",
@@ -40,6 +48,10 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         return UnetGenerator(**kwargs, skips=kind == "unet")
     if kind == "stargan":
         return StarGANGenerator(**kwargs)
+    if kind == "discogan":
+        return DiscoGANGenerator(**kwargs)
+    if kind == "pan":
+        return PANGenerator(**kwargs)
     if kind == "patchgan":
         return PatchDiscriminator(**kwargs)
     raise ValueError(f"build: network must be {', '.join(GENERATORS)} or patchgan, got {kind}")

@@ -11,13 +11,17 @@ def init_weights(net: nn.Module, kind: str = "normal", gain: float = 0.02) -> No
     Args:
         net: the network.
         kind: "normal" (std = gain), "xavier" (normal, gain), "kaiming" (normal, fan in) or "orthogonal"
-            (gain). gain: see kind.
+            (gain); "torch" leaves what torch has drawn. gain: see kind.
 
     Raises:
         ValueError: unknown kind.
     """
+    if kind == "torch":
+        return
     if kind not in ("normal", "xavier", "kaiming", "orthogonal"):
-        raise ValueError(f"init_weights: kind must be normal, xavier, kaiming or orthogonal, got {kind}")
+        raise ValueError(
+            f"init_weights: kind must be normal, xavier, kaiming, orthogonal or torch, got {kind}"
+        )
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             if kind == "normal":

@@ -4,6 +4,8 @@ from fastgan.recipes.base import Recipe
 from fastgan.recipes.cgan import CGAN
 from fastgan.recipes.cyclegan import CycleGAN
 from fastgan.recipes.dcgan import DCGAN
+from fastgan.recipes.discogan import DiscoGAN
+from fastgan.recipes.pan import PAN
 from fastgan.recipes.pix2pix import Pix2Pix
 from fastgan.recipes.wgan import WGAN
 from fastgan.recipes.wgan_gp import WGANGP
@@ -15,4 +17,6 @@ RECIPES: dict[str, type[Recipe]] = {
     "cgan": CGAN,
     "wgan": WGAN,
     "wgan-gp": WGANGP,
+    "discogan": DiscoGAN,
+    "pan": PAN,
 }

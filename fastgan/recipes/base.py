@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from fastgan import losses
-from fastgan.config import Config
+from fastgan.config import Config, UsageError, flag
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator, init_weights
 from fastgan.models.patchgan import smallest_side
 from fastgan.stack import run_together
@@ -71,6 +71,10 @@ class Recipe(Protocol):
         """What the networks need where they do not take images of a size, "" where they do."""
         ...
 
+    def numbers(self, step: int) -> dict[str, float]:
+        """What changes from step to step, by name: the batches hold each as a tensor without dimensions."""
+        ...
+
     def translate(self, nets: Nets, batch: Batch) -> Batch:
         """Generated images by the domain they imitate; where gradients are recorded, also what else
         `generator_loss` needs of the same passes, under other names."""
@@ -95,6 +99,13 @@ def unfit_translator(config: Config, height: int, width: int) -> str:
     if min(height, width) < least:
         return f"--patch {config.patch} needs at least {least}; choose a smaller --patch"
     return ""
+
+
+def refuse_idle(config: Config, *keys: str) -> None:
+    """Refuse settings of other networks; UsageError names the flag."""
+    for key in keys:
+        if getattr(config, key) != getattr(Config, key):
+            raise UsageError(f"{flag(key)} has no effect here: leave it out")
 
 
 def make_generator(config: Config, cin: int, cout: int) -> nn.Module:

@@ -84,6 +84,10 @@ class CycleGAN:
         """See `unfit_translator`."""
         return unfit_translator(self.config, height, width)
 
+    def numbers(self, step: int) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def translate(self, nets: Nets, batch: Batch) -> Batch:
         """{"B": G_A(A), "A": G_B(B)}; with gradients also the identity images "idt_A": G_A(B), "idt_B"."""
         a, b = batch["A"], batch["B"]

@@ -99,6 +99,10 @@ class NoiseRecipe:
         """{"z": numbers for an image}."""
         return {"z": self.config.noise_size}
 
+    def numbers(self, step: int) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def networks(self, channels_a: int, channels_b: int) -> Nets:
         """G (noise to A) and D (judges A); both know the label of channels_b numbers where there is one."""
         c, numbers, labels = self.config, self.config.noise_size, channels_b if self.labelled else 0

@@ -83,6 +83,10 @@ class Pix2Pix:
         """See `unfit_translator`."""
         return unfit_translator(self.config, height, width)
 
+    def numbers(self, step: int) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def translate(self, nets: Nets, batch: Batch) -> Batch:
         """{"B": G(A)}."""
         return {"B": nets["G"](batch["A"])}
