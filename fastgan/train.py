@@ -31,7 +31,7 @@ def _each() -> str:
     for name, cls in RECIPES.items():
         about = (inspect.getdoc(sys.modules[cls.__module__]) or cls.title).split("\n\n")[0]
         about = re.sub(r" \([^)]*arXiv[^)]*\)", "", about)
-        lines.append(f"  {name:<9} {textwrap.shorten(about, 96, placeholder=' ...')}")
+        lines.append(f"  {name:<9} {textwrap.shorten(about, 88, placeholder=' ...')}")
     return "\n".join(lines)
 
 

@@ -198,9 +198,12 @@ REFUSED = {
     "whole images": (["pan", "--preprocess", "none"], "--preprocess none"),
     "small": (["discogan", "--levels", "4"], "--levels 4 needs at least 64"),
     "odd": (["discogan", "--bottleneck", "9", "--levels", "4"], "multiples of 64"),
-    "one pixel": (["discogan", "--bottleneck", "9", "--norm", "instance"], "choose another --norm"),
+    "one pixel": (["discogan", "--levels", "3", "--bottleneck", "9", "--norm", "instance"], "another --norm"),
     "one image": (["pan", "--batch-size", "1"], "--batch-size 2 or more"),
-    "one image, narrow": (["discogan", "--bottleneck", "9", "--batch-size", "1"], "--batch-size 2 or more"),
+    "one image, narrow": (
+        ["discogan", "--levels", "3", "--bottleneck", "9", "--batch-size", "1"],
+        "--batch-size 2 or more",
+    ),
     "deep": (["pan", "--levels", "6"], "multiples of 64"),
     "another crop": (["pan", "--load-size", "64", "--crop-size", "64"], "D is made for --crop-size 64"),
 }

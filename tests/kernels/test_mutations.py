@@ -125,6 +125,8 @@ def runs(
     specs = [getattr(item, "callspec", None) for item in request.session.items]
     wanted = [s.params["mutation"] for s in specs if s is not None and "mutation" in s.params]
 
+    tmp_path_factory.getbasetemp()  # made here: two threads would both make it
+
     def copied(mutation: Mutation) -> Done:
         return run(runners, mutated(mutation, tmp_path_factory.mktemp("copy")), [mutation.tests])
 
