@@ -253,10 +253,10 @@ def chart(records: Sequence[dict[str, Any]], file: Path) -> None:
         axis.set_xticks(sides, [str(side) for side in sides])
         axis.set(xlabel="side of the square image, pixels")
         axis.grid(alpha=0.3)
-    before = max(r["rss_before_bytes"] for r in records) / 1e9
-    memory.axhline(
-        before, color="black", linewidth=0.8, linestyle=":", label="before: libraries, weights, image"
-    )
+    # the image itself is part of it, so it grows
+    before = [max(r["rss_before_bytes"] for r in records if r["side"] == side) / 1e9 for side in sides]
+    label = "before: libraries, weights, image"
+    memory.plot(sides, before, color="black", linewidth=0.8, linestyle=":", label=label)
     memory.set(title="highest resident memory, GB", ylim=(0, None))
     time_.set(title="seconds", yscale="log")
     # plain numbers, between the powers of ten too
