@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fastgan import tiling
 from fastgan.config import UsageError
 from fastgan.data.encode import STACKS, WITH_ALPHA
 from fastgan.data.errors import TooLarge
@@ -279,8 +280,6 @@ def _write(goal: Path, picture: Picture, how: Output) -> set[str]:
 
 def check(generator: Generator, how: Output) -> None:
     """UsageError where the settings cannot be had from the generator."""
-    from fastgan import tiling
-
     if isinstance(how.tile, int):
         tiling.check_tile(how.tile, int(getattr(generator.net, "multiple", 1)))
         tiling.stages(generator.net)
