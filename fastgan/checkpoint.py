@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastgan.config import UsageError
 from fastgan.models import GENERATORS, build
+from fastgan.models.describe import describe, say
 
 State = dict[str, Tensor]
 BEST, OLD_BEST = "best", ".old_best"
@@ -231,85 +232,6 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
     stats = {k.rpartition(".")[0] for k in state if k.endswith("running_mean")}
     idle = {p for p in stats if f"{p}.weight" not in state}
     return {k: v for k, v in state.items() if k.rpartition(".")[0] not in idle}, about
-
-
-def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Network and its arguments, read off the keys and shapes of a state dict.
-
-    Returns:
-        "network" (resnet, unet, encdec, stargan, discogan, pan, patchgan) and the keyword arguments of its
-        class; {} where nothing fits. Dropout of a U-Net and reflect against replicate padding leave no trace.
-    """
-    conv = {k.removesuffix(".weight"): v for k, v in state.items() if k.endswith(".weight") and v.ndim == 4}
-    has_batch = any(k.endswith("running_mean") for k in state)
-
-    def norm(inner: str) -> str:
-        return "batch" if has_batch else "instance" if f"{inner}.bias" in state else "none"
-
-    if "model.model.0" in conv and "model.model.3" in conv:
-        inner, outer = conv["model.model.0"], conv["model.model.3"]
-        levels = max(k.count(".model.") for k in conv)
-        skips = outer.shape[0] == 2 * inner.shape[0]
-        return {
-            "network": "unet" if skips else "encdec", "in_channels": inner.shape[1],
-            "out_channels": outer.shape[1], "levels": levels, "ngf": inner.shape[0],
-            "norm": norm("model.model.0"),
-        }  # fmt: skip
-    blocks = sorted({int(k.split(".")[1]) for k in conv if ".conv_block." in k})
-    top = sorted(int(k.split(".")[1]) for k in conv if re.fullmatch(r"model\.\d+", k))
-    if top and top[0] == 1:
-        first, last = "model.1", f"model.{top[-1]}"
-        # zero padding has no layer of its own, so the block's first convolution is its first layer
-        start = f"model.{blocks[0]}.conv_block." if blocks else ""
-        inside = [int(k.removeprefix(start)) for k in conv if blocks and k.startswith(start)]
-        zero = inside[:1] == [0]
-        blurs = {"blur_down": 7, "blur_up": top[-1] - 5}
-        return {
-            "network": "resnet", "in_channels": conv[first].shape[1], "out_channels": conv[last].shape[0],
-            "ngf": conv[first].shape[0], "blocks": len(blocks), "norm": norm(first),
-            "padding": "zero" if zero else "reflect",
-            "dropout": bool(blocks) and inside[-1] - inside[0] == (4 if zero else 5),
-        } | {name: True for name, at in blurs.items() if f"model.{at}.filt" in state}  # fmt: skip
-    # a 7x7 entry: the networks of DCGAN have the same names
-    if "main.0" in conv and "main.1.weight" in state and conv["main.0"].shape[-1] == 7:
-        entry = conv["main.0"]
-        channels = conv[f"main.{max(int(k[5:]) for k in conv if re.fullmatch(r'main.[0-9]+', k))}"].shape[0]
-        return {
-            "network": "stargan", "channels": channels, "labels": entry.shape[1] - channels,
-            "ngf": entry.shape[0], "blocks": sum(k.endswith(".main.0") for k in conv),
-        }  # fmt: skip
-    # a run of layers, or blocks of them
-    ups = sorted((k for k in conv if k.startswith("decoder.")), key=lambda k: int(k.split(".")[1]))
-    for network, first, second in (
-        ("discogan", "encoder.0", "encoder.2"),
-        ("pan", "encoder.0.0", "encoder.1.0"),
-    ):
-        if ups and first in conv and second in conv:
-            entry, biased = conv[first], f"{second}.bias" in state
-            narrow = {"bottleneck": len(conv["bottleneck.0"])} if "bottleneck.0" in conv else {}
-            return {
-                "network": network, "in_channels": entry.shape[1], "out_channels": conv[ups[-1]].shape[1],
-                "levels": len(ups), "ngf": entry.shape[0],
-                "norm": "batch" if has_batch else "none" if biased else "instance", **narrow,
-            }  # fmt: skip
-    if "net.0" in conv or "model.0" in conv:
-        head = "net" if "net.0" in conv else "model"
-        fields = {("net", 3): 1, ("model", 3): 16, ("model", 4): 34, ("model", 5): 70, ("model", 6): 142,
-                   ("model", 7): 286}  # fmt: skip
-        entry = conv[f"{head}.0"]
-        return {
-            "network": "patchgan", "in_channels": entry.shape[1], "ndf": entry.shape[0],
-            "receptive_field": fields.get((head, len(conv)), 0), "norm": norm(f"{head}.2"),
-        }  # fmt: skip
-    return {}
-
-
-def say(description: Mapping[str, Any]) -> str:
-    """A description as words for a person."""
-    if not description:
-        return "a network that is not known here"
-    rest = ", ".join(f"{k} {v}" for k, v in description.items() if k != "network")
-    return f"{description['network']} ({rest})"
 
 
 def load_into(net: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -1,25 +1,12 @@
-"""Images of generators that make them from noise: for sample grids, and measured.
-
-A classifier trained on real images reads the generated ones (`measure_generated`); the class score is the
-inception score with that classifier in the place of the network trained on ImageNet (Salimans et al. 2016,
-section 4). TSTR: train on synthetic images, test on real ones.
-"""
+"""Images of generators that make them from noise."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from fastgan import metrics
-from fastgan.data.dataset import Data, Split
 from fastgan.recipes.base import Nets, Recipe
-
-COLUMNS, ROWS = 10, 6  # of a sample grid
-IMAGES = 2000  # that are measured
-MOST = 10_000  # real images that the classifiers see
-SAMPLES, MEASURES = 3, 4  # keep these draws apart from those of the steps
 
 
 @torch.no_grad()
@@ -50,89 +37,3 @@ def draw(
         batch = {name: x[start : start + 100].to(device) for name, x in given.items()}
         found.append(recipe.translate(nets, batch)["A"].float().cpu())
     return torch.cat(found)
-
-
-def sample_columns(recipe: Recipe, nets: Nets, data: Data, *, device: torch.device) -> dict[str, Tensor]:
-    """Columns of a sample grid: one of each label (of the first 10), or of any images; the noise of a row is
-    the same in every grid of a run, and for all labels. The last column is real images."""
-    names = data.labels[:COLUMNS] if recipe.labelled else []
-    width = len(names) or COLUMNS - 1
-    labels = torch.eye(len(data.labels))[:width].repeat(ROWS, 1) if names else None
-    each = width if names else 1
-    images = draw(recipe, nets, width * ROWS, key=SAMPLES, device=device, labels=labels, each=each)
-    columns = images.unflatten(0, (ROWS, width)).transpose(0, 1)
-    # captions must differ, and there is nothing to say about images without a label
-    captions = names or [" " * k for k in range(width)]
-    real = data.shown.images("A", 0, ROWS, output_range=recipe.config.output)
-    return {**dict(zip(captions, columns)), "real": real}
-
-
-def measure_generated(recipe: Recipe, nets: Nets, data: Data, device: torch.device) -> dict[str, float]:
-    """What a classifier of the real images says of 2,000 generated ones; of data whose labels are classes.
-
-    Returns:
-        class_accuracy_real: how it reads held-out real images. class_score: see `class_score`, and
-        class_score_real of those.
-        class_share_min, class_share_max: of the generated images, of the rarest and most frequent class.
-        Where the recipe is labelled also label_accuracy: generated images that are read as their label, and
-        tstr: held-out real images that a classifier trained on the generated ones reads correctly.
-    """
-    classes = len(data.labels)
-    labels = torch.arange(IMAGES) % classes
-    given = F.one_hot(labels, classes).float() if recipe.labelled else None
-    fake = _unit(recipe, draw(recipe, nets, IMAGES, key=MEASURES, device=device, labels=given))
-    (real, real_labels), (held_out, held_labels) = (
-        _real(recipe, split) for split in (data.train, data.shown)
-    )
-    # the score asks how sure it is: no smoothing
-    reader = metrics.train_classifier(real, real_labels, classes=classes, smoothing=0.0)
-    shares = probabilities(reader, fake)
-    counts = torch.bincount(shares.argmax(1), minlength=classes) / IMAGES
-    out = {
-        "class_accuracy_real": metrics.accuracy(reader, held_out, held_labels),
-        "class_score": class_score(shares),
-        "class_score_real": class_score(probabilities(reader, held_out)),
-        "class_share_min": counts.min().item(),
-        "class_share_max": counts.max().item(),
-    }
-    if recipe.labelled:
-        learner = metrics.train_classifier(fake, labels, classes=classes)
-        out["label_accuracy"] = metrics.accuracy(reader, fake, labels)
-        out["tstr"] = metrics.accuracy(learner, held_out, held_labels)
-    return out
-
-
-def has_classes(data: Data) -> bool:
-    """Whether every image has exactly one label."""
-    labels = data.train.labels
-    return labels is not None and labels.shape[1] > 1 and bool((labels.sum(1) == 1).all())
-
-
-@torch.no_grad()
-def probabilities(classifier: nn.Module, x: Tensor) -> Tensor:
-    """p(class | image), (N, classes) float64, of images in 0..1."""
-    return torch.cat([classifier(part).double().softmax(1) for part in x.split(500)])
-
-
-def class_score(shares: Tensor, parts: int = 10) -> float:
-    """exp(E KL(p(class | x) || p(class))), the mean over equal parts of the images: 1 to the number of
-    classes.
-
-    Args:
-        shares: p(class | x), (N, classes).
-    """
-    found = []
-    for p in shares.chunk(parts):
-        divergence = (torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))).sum(1)
-        found.append(divergence.mean().exp())
-    return torch.stack(found).mean().item()
-
-
-def _real(recipe: Recipe, split: Split) -> tuple[Tensor, Tensor]:
-    assert split.labels is not None
-    images = split.images("A", 0, MOST, output_range=recipe.config.output)
-    return _unit(recipe, images), torch.from_numpy(split.labels[:MOST].argmax(1))
-
-
-def _unit(recipe: Recipe, x: Tensor) -> Tensor:
-    return (x / 2 + 0.5 if recipe.config.output == "tanh" else x).contiguous()

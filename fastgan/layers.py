@@ -3,6 +3,8 @@ the torch layers they stand for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -352,6 +354,19 @@ def skip_idle_biases(net: nn.Module) -> None:
             for first, second in zip(module, list(module)[1:]):
                 if isinstance(first, (Conv2d, ConvTranspose2d)) and isinstance(second, InstanceNorm2d):
                     first.idle_bias = True
+
+
+@contextmanager
+def frozen(nets: Iterable[nn.Module]) -> Iterator[None]:
+    """No gradients for the parameters of `nets`: backward then computes input gradients only."""
+    params = [p for net in nets for p in net.parameters() if p.requires_grad]
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)
 
 
 def place(net: nn.Module, device: torch.device) -> nn.Module:

@@ -13,7 +13,7 @@ and replayed. The body yields where ranks have to talk to each other; each piece
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastgan.data.pool import ImagePool
 from fastgan.graph import Between, Recorder, Recording, Report, record, run
-from fastgan.layers import place
+from fastgan.layers import frozen, place
 from fastgan.optim import Adam
 from fastgan.recipes.base import Batch, Nets, Recipe, Terms
 from fastgan.stack import KeptStatistics, set_memory
@@ -45,19 +45,6 @@ class Ranks(Protocol):
     def gather(self, x: Tensor) -> Tensor:
         """(N, ...) of every rank as (size * N, ...)."""
         ...
-
-
-@contextmanager
-def frozen(nets: Iterable[nn.Module]) -> Iterator[None]:
-    """No gradients for the parameters of `nets`: backward then computes input gradients only."""
-    params = [p for net in nets for p in net.parameters() if p.requires_grad]
-    for p in params:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in params:
-            p.requires_grad_(True)
 
 
 class Step:
@@ -111,9 +98,10 @@ class Step:
         self._numbers = {k: torch.tensor(v, device=device) for k, v in recipe.numbers(0).items()}
         self._warm = 0
         config = self.config
-        lr_d = config.lr if config.lr_d is None else config.lr_d
-        self.base_lr = {"G": config.lr, "D": lr_d}
-        self.members = {"G": recipe.generators, "D": recipe.discriminators}
+        members = {"G": recipe.generators, "D": recipe.discriminators}
+        self.members = {group: names for group, names in members.items() if names}
+        rates = {"G": config.lr, "D": config.lr if config.lr_d is None else config.lr_d}
+        self.base_lr = {group: rates[group] for group in self.members}
         self.optimizers = {name: self._optimizer(name) for name in self.members}
         # a pair is pooled as one image, so that a stored fake keeps the input it was made from
         keys = ("pair",) if recipe.paired else recipe.domains
@@ -260,11 +248,12 @@ class Step:
         plan = plan.to(self.device, non_blocking=True) if self.pools_are_fixed else plan
         groups = [batches[i : i + m] for i in range(0, len(batches), m)]
         terms: Terms = {}
-        if self.recipe.order == "g-first":
+        if self.recipe.order == "g-first" or not self.recipe.discriminators:
             for first in groups[:gens]:
                 fakes, found = yield from self._update_generators(first, None, watch)
                 terms |= found
-            for group, plans in zip(groups[gens - 1 :], plan.split(m)):
+            judged = groups[gens - 1 :] if self.recipe.discriminators else []
+            for group, plans in zip(judged, plan.split(m)):
                 made = fakes if group is first else [self._translate(b, grad=False) for b in group]
                 terms |= yield from self._update_discriminators(group, made, plans, watch)
         else:

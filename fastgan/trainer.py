@@ -17,11 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastgan import __version__, checkpoint
 from fastgan.config import UsageError, changed, flag, read_json, to_json, write_text
@@ -32,18 +31,16 @@ from fastgan.data.labelled import open_labelled
 from fastgan.data.resident import Resident, one_size
 from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
-from fastgan.generative import sample_columns
 from fastgan.measure import Evaluation
 from fastgan.memory import fit
-from fastgan.models import translate_any_size
 from fastgan.monitor import Monitor, expected_balance, nonfinite
 from fastgan.parallel import Ranks, together
 from fastgan.recipes.base import Recipe
+from fastgan.samples import sample_columns
 from fastgan.schedule import lr_factor
 from fastgan.stack import MEMORY
 from fastgan.step import Source, Step
 
-SAMPLES = 6  # test images in a sample picture
 PAGE_SECONDS = 60  # the page follows the curves this often, and every new picture
 
 
@@ -85,12 +82,6 @@ def open_images(recipe: Recipe, run: Path, *, progress: bool) -> Data:
         range_a=c.range_a, range_b=c.range_b, pages=c.pages, max_images=c.max_images, skip_bad=c.skip_bad,
         cache=run / "cache" if c.data else None, progress=progress,
     )  # fmt: skip
-
-
-def _stack(images: list[Tensor]) -> Tensor:
-    """Batch of (1, C, H, W) images, those of another size with white at the right and below."""
-    height, width = (max(x.shape[k] for x in images) for k in (2, 3))
-    return torch.cat([F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), value=1.0) for x in images])
 
 
 class Trainer:
@@ -454,35 +445,17 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self) -> Path:
-        """Write the grid of fixed test images: input, translation and, with two generators, the way back."""
+        """Write the sample picture of this step."""
         path = self.run / "samples" / f"step_{self.done:08d}.png"
         nets = {**self.step.nets, **self.step.ema}
-        test, c = self.data.shown, self.config
         for name in self.recipe.generators:
             nets[name].eval()
-        columns: dict[str, Tensor] = {}
-
-        def show(domain: Literal["A", "B"]) -> list[Tensor]:
-            count = min(SAMPLES, test.len_A if domain == "A" else test.len_B)
-            return [
-                test.images(domain, i, i + 1, device=self.device, output_range=c.output) for i in range(count)
-            ]
-
         with torch.autocast(self.device.type, self.step.autocast, enabled=self.step.autocast is not None):
-            if not self.recipe.directions:
-                columns = sample_columns(self.recipe, nets, self.data, device=self.device)
-            for way in self.recipe.directions.values():
-                images = show(way.source)
-                fakes = [translate_any_size(nets[way.net], x) for x in images]
-                columns |= {way.source: _stack(images), f"{way.net}({way.source})": _stack(fakes)}
-                if way.back:
-                    again = [translate_any_size(nets[way.back], x) for x in fakes]
-                    columns[f"{way.back}({way.net}({way.source}))"] = _stack(again)
-            if self.recipe.paired:
-                columns["true B"] = _stack(show("B"))
+            columns = sample_columns(self.recipe, nets, self.data, device=self.device)
         for name in self.recipe.generators:
             self.step.nets[name].train()
-        save_grid(path, columns, title=f"{self.run.name}, step {self.done}", output_range=c.output)
+        title = f"{self.run.name}, step {self.done}"
+        save_grid(path, columns, title=title, output_range=self.config.output)
         return path
 
     def page(self, state: str) -> Path:

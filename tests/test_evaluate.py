@@ -262,7 +262,9 @@ def test_evaluation_changes_nothing_and_resumes(capsys: pytest.CaptureFixture[st
 def test_the_best_stays_and_can_be_used(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the second of four evaluations is made the best one
     found = iter([0.5, 0.1, 0.3, 0.2])
-    monkeypatch.setattr(measure, "measure", lambda *a: measure.Found(values={"cycle_l1_A": next(found)}))
+    monkeypatch.setattr(
+        measure.evaluation, "measure", lambda *a: measure.Found(values={"cycle_l1_A": next(found)})
+    )
     train.main([*CYCLE, "--steps", "4", "--name", "r", *EVERY, "--save-every", "1", "--keep", "1"])
     folder = here / "runs/r/checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["best", "step_00000003", "step_00000004"]
@@ -315,7 +317,7 @@ def test_training_refuses_what_it_could_not_measure(
 def test_a_mean_over_both_domains_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = train.make_recipe([*CYCLE, "--evaluate-every", "1", "--keep-best", "tstr"])
     assert type(recipe) is RECIPES["cyclegan"]
-    monkeypatch.setattr(measure, "prepare", lambda *a, **k: measure.Tools({"tstr"}))
+    monkeypatch.setattr(measure.evaluation, "prepare", lambda *a, **k: measure.Tools({"tstr"}))
     monkeypatch.setattr(measure.System, "of", lambda *a: type("S", (), {"has": lambda self: set()})())
     watch = measure.Evaluation(recipe, None, CPU, Path("none"))  # type: ignore[arg-type]
     assert watch.better({"tstr_A": 0.2, "tstr_B": 0.4, "trts_B": 0.9}, 1)["value"] == pytest.approx(0.3)

@@ -12,11 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from fastgan import evaluate, generative, metrics, train
+from fastgan import evaluate, metrics, train
 from fastgan.data.augment import Geometry
 from fastgan.data.labelled import open_labelled
-from fastgan.generative import SAMPLES, class_score, draw, measure_generated, sample_columns
+from fastgan.generative import draw
+from fastgan.measure import drawn
+from fastgan.measure.drawn import class_score, measure_generated
 from fastgan.recipes import RECIPES
+from fastgan.samples import KEY, sample_columns
 
 CPU = torch.device("cpu")
 
@@ -43,13 +46,13 @@ def test_class_score_by_hand() -> None:
 def test_a_draw_depends_on_seed_and_key_alone() -> None:
     recipe, nets = make("dcgan")
     torch.manual_seed(1)
-    first = draw(recipe, nets, 150, key=SAMPLES, device=CPU)
+    first = draw(recipe, nets, 150, key=KEY, device=CPU)
     torch.manual_seed(2)
-    assert torch.equal(first, draw(recipe, nets, 150, key=SAMPLES, device=CPU))
+    assert torch.equal(first, draw(recipe, nets, 150, key=KEY, device=CPU))
     assert first.shape == (150, 1, 32, 32) and first.abs().max() <= 1
-    assert not torch.equal(first[:100], draw(recipe, nets, 100, key=SAMPLES + 1, device=CPU))
+    assert not torch.equal(first[:100], draw(recipe, nets, 100, key=KEY + 1, device=CPU))
     other, _ = make("dcgan", seed=1)
-    assert not torch.equal(first[:100], draw(other, nets, 100, key=SAMPLES, device=CPU))
+    assert not torch.equal(first[:100], draw(other, nets, 100, key=KEY, device=CPU))
 
 
 class Show(nn.Module):
@@ -98,7 +101,7 @@ class Real(nn.Module):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer images and passes than a person gets."""
-    monkeypatch.setattr(generative, "IMAGES", 500)
+    monkeypatch.setattr(drawn, "IMAGES", 500)
     monkeypatch.setattr(metrics, "train_classifier", partial(metrics.train_classifier, epochs=6))
 
 

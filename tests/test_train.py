@@ -18,7 +18,8 @@ from PIL import Image
 from fastgan import checkpoint, train
 from fastgan.device import pick_precision
 from fastgan.recipes import RECIPES
-from fastgan.trainer import Trainer, _stack
+from fastgan.samples import _stack
+from fastgan.trainer import Trainer
 
 TINY = [
     "--ngf",

@@ -35,7 +35,7 @@ __all__ = [
 
 
 def build(description: Mapping[str, Any]) -> nn.Module:
-    """A network from what `fastgan.checkpoint.describe` read off a file: "network" and keyword arguments.
+    """A network from what `fastgan.models.describe` read off a file: "network" and keyword arguments.
 
     Raises:
         ValueError: unknown network.

@@ -34,9 +34,9 @@ class Direction(NamedTuple):
 
 
 class Recipe(Protocol):
-    """One system. Batches hold images (N, C, H, W) under the names of its `domains`, where it is `labelled`
-    the labels of A (N, labels) in 0..1 under "label", and standard normal numbers (N, n) under the names of
-    its `noise`; fakes are named by the domain they imitate."""
+    """One system, with or without discriminators. Batches hold images (N, C, H, W) under the names of its
+    `domains`, where it is `labelled` the labels of A (N, labels) in 0..1 under "label", and standard normal
+    numbers (N, n) under the names of its `noise`; fakes are named by the domain they imitate."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -78,6 +78,11 @@ class Recipe(Protocol):
     def translate(self, nets: Nets, batch: Batch) -> Batch:
         """Generated images by the domain they imitate; where gradients are recorded, also what else
         `generator_loss` needs of the same passes, under other names."""
+        ...
+
+    def translator(self, nets: Nets, way: Direction) -> nn.Module:
+        """What makes images of `way.target` from those of `way.source`, with the attributes of
+        `fastgan.models.translate_any_size`."""
         ...
 
     def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:

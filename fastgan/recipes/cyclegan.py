@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import config as settings
 from fastgan import losses
@@ -98,6 +98,10 @@ class CycleGAN:
         calls = [(nets["G_A"], [a, b]), (nets["G_B"], [b, a])]
         (fake_b, idt_a), (fake_a, idt_b) = run_together(calls)
         return {"B": fake_b, "A": fake_a, "idt_A": idt_a, "idt_B": idt_b}
+
+    def translator(self, nets: Nets, way: Direction) -> nn.Module:
+        """The network of that name."""
+        return nets[way.net]
 
     def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """Adversarial, cycle and identity losses of both generators (equations 1 to 3 and section 5.2)."""

@@ -142,6 +142,10 @@ class NoiseRecipe:
             z = torch.erf(z * 0.5**0.5)
         return {"A": nets["G"](z, batch["label"]) if self.labelled else nets["G"](z)}
 
+    def translator(self, nets: Nets, way: Direction) -> nn.Module:
+        """None: images come from noise."""
+        raise ValueError(f"{type(self).__name__} does not translate")
+
     def _critic(self, nets: Nets, batch: Batch) -> Any:
         return partial(nets["D"], label=batch["label"]) if self.labelled else nets["D"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import config as settings
 from fastgan import losses
@@ -90,6 +90,10 @@ class Pix2Pix:
     def translate(self, nets: Nets, batch: Batch) -> Batch:
         """{"B": G(A)}."""
         return {"B": nets["G"](batch["A"])}
+
+    def translator(self, nets: Nets, way: Direction) -> nn.Module:
+        """The network of that name."""
+        return nets[way.net]
 
     def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """Adversarial loss of (A, G(A)) and L1 to the true B (equation 4)."""
