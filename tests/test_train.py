@@ -5,45 +5,17 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastgan import checkpoint, train
 from fastgan.device import pick_precision
 from fastgan.recipes import RECIPES
 from fastgan.samples import _stack
 from fastgan.trainer import Trainer
-
-TINY = [
-    "--ngf",
-    "4",
-    "--ndf",
-    "4",
-    "--batch-size",
-    "2",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-    "--log-every",
-    "10",
-]
-CYCLE = ["cyclegan", *TINY, "--blocks", "1", "--patch", "16"]
-PIX = ["pix2pix", *TINY, "--levels", "3", "--patch", "16"]
-
-
-def picture(path: Path, size: tuple[int, int] = (40, 36), seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 255, (size[1] // 4, size[0] // 4, 3), np.uint8)
-    Image.fromarray(noise).resize(size).save(path)
-    return path
+from tests.run_cases import CYCLE, PIX, assert_same_run, picture, start, tensors, wait_for
 
 
 @pytest.fixture
@@ -69,84 +41,6 @@ def fails(args: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) ->
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
     return error[0]
-
-
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint."""
-    nets, state, _ = checkpoint.load(checkpoint.checkpoints(run / "checkpoints")[-1])
-    return state | {f"{net}.{key}": value for net, weights in nets.items() for key, value in weights.items()}
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    first, second = tensors(one), tensors(two)
-    assert first.keys() == second.keys()
-    different = [key for key in first if not torch.equal(first[key], second[key])]
-    assert not different
-
-
-def start(args: list[str], cwd: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastgan.train", *args],
-        cwd=cwd,
-        text=True,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-
-
-def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    limit = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < limit
-        time.sleep(0.002)
-
-
-# dropout and the penalty draw from torch's generator, the pool overflows, crops and mirrors are random: all
-# of it must
-# come back, and so must the averaged generator and the schedule
-RUNS = {
-    "cyclegan": [*CYCLE, "--dropout", "--pool-size", "3", "--ema", "0.9", "--precision", "fp32"],
-    "pix2pix wgan-gp": [
-        *PIX, "--gan-mode", "wgan-gp", "--norm", "instance", "--pool-size", "2", "--n-critic", "2",
-        "--lr-policy", "cosine",
-    ],
-    # the rate changes between the kill and the end
-    "discogan": [
-        "discogan", *TINY, "--levels", "2", "--lambda-features", "1", "--curriculum", "45", "--ema", "0.9",
-    ],
-    "pan": ["pan", *TINY, "--batch-size", "3", "--levels", "3"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_kill_and_same_command_again_is_the_same_run(name: str, unpaired: Path, in_tmp: Path) -> None:
-    sizes = ["--load-size", "40" if name == "pan" else "24", "--crop-size", "32" if name == "pan" else "16"]
-    if name.startswith("p"):  # pairs
-        for path in list(unpaired.rglob("[34].png")):
-            path.unlink()
-    args = [*RUNS[name], "--data", "data", *sizes, "--steps", "60", "--save-every", "10", "--keep", "9"]
-    # the same tensors as in one go ...
-    train.main([*args, "--name", "whole"])
-    # ... after a kill at a moment nobody chose, at least 30 steps in
-    killed = start([*args, "--name", "killed"], in_tmp)
-    wait_for(in_tmp / "runs/killed/checkpoints/step_00000030", killed)
-    killed.kill()
-    assert killed.wait() != 0, "finished before it was killed"
-    done = int(checkpoint.checkpoints(in_tmp / "runs/killed/checkpoints")[-1].name[5:])
-    assert 30 <= done < 60
-    again = start([*args, "--name", "killed"], in_tmp)
-    assert again.wait(300) == 0, again.communicate()[1]
-    assert_same_run(in_tmp / "runs/whole", in_tmp / "runs/killed")
-    logs = [
-        [json.loads(line) for line in (in_tmp / f"runs/{run}/log.jsonl").read_text().splitlines()]
-        for run in ("whole", "killed")
-    ]
-    for one, two in zip(*logs, strict=True):
-        timing = {"time", "img_per_s", "wait_share", "balance", "warnings"}
-        assert {k: v for k, v in one.items() if k not in timing} == {
-            k: v for k, v in two.items() if k not in timing
-        }
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to send")
