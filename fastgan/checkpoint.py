@@ -302,6 +302,8 @@ def load_generator(
         raise CheckpointError(f"{path} does not exist: give a run folder, a checkpoint or a file of weights")
     file = _file_in(path, direction) if path.is_dir() else path
     weights, about = read_weights(file)
+    if "noise_size" in about.get("settings", {}):
+        raise UsageError(f"{file} makes images from noise: python -m fastgan.sample RUN OUTPUT")
     found = describe(weights)
     if found.get("network") not in GENERATORS:
         keys = ", ".join(list(weights)[:3])

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from fastgan import checkpoint, metrics
 from fastgan.checkpoint import CheckpointError
-from fastgan.config import Config, UsageError, fail, from_json, parse, read_json, write_text
+from fastgan.config import Config, UsageError, fail, from_json, parse, write_text
 from fastgan.data.dataset import open_data
 from fastgan.data.folders import find_layout
 from fastgan.data.images import DataError, list_images, read_images, to_unit
 from fastgan.device import pick_device
 from fastgan.measure import Found, Pairs, System, Tools, inception, measure, prepare
-from fastgan.recipes import RECIPES
-from fastgan.recipes.base import Direction, Nets, Recipe
+from fastgan.recipes.base import Direction
+from fastgan.trained import load_run
 from fastgan.trainer import open_images
 
 SHORTEST = 24  # columns of the names in the table
@@ -52,39 +52,10 @@ class Arguments:
     device: str = "auto"  # cuda, cuda:1, mps, cpu
 
 
-def load_run(run: Path, device: torch.device) -> tuple[Recipe, Nets, int]:
-    """Recipe, generators in evaluation mode (averaged ones where the run has them) and the step of a run's
-    newest checkpoint or of a checkpoint folder.
-
-    Raises:
-        CheckpointError, UsageError: not a run, or nothing saved yet.
-    """
-    if (run / "state.safetensors").is_file():
-        folder = run
-    else:
-        if not (run / "config.json").is_file():
-            raise CheckpointError(f"{run} is not a run folder: config.json is missing")
-        found = checkpoint.checkpoints(run / "checkpoints")
-        if not found:
-            raise CheckpointError(f"{run} has no checkpoint yet")
-        folder = found[-1]
-    weights, _, header = checkpoint.load(folder)
-    about = read_json(run / "config.json") if folder != run else header
-    if about.get("recipe") not in RECIPES:
-        raise CheckpointError(f"{run} is of the recipe {about.get('recipe')}, which is not known here")
-    cls = RECIPES[about["recipe"]]
-    recipe = cls(from_json(cls.config_class, about["settings"]))
-    nets = recipe.networks(*about["channels"])
-    for name in recipe.generators:
-        kept = f"{name}_ema" if f"{name}_ema" in weights else name
-        checkpoint.load_into(nets[name], weights[kept], str(folder / f"{kept}.safetensors"))
-    return recipe, {name: nets[name].to(device).eval() for name in recipe.generators}, header["step"]
-
-
 @contextlib.contextmanager
 def _of_run(given: Arguments, run: Path, device: torch.device) -> Iterator[tuple[System, int | None]]:
     """The system of a run or checkpoint folder of ours, and its step."""
-    recipe, nets, step = load_run(run, device)
+    recipe, nets, about = load_run(run, device)
     changes = {"data": given.data} if given.data else {}
     if given.max_images:
         changes["max_images"] = given.max_images  # type: ignore[assignment]
@@ -93,7 +64,10 @@ def _of_run(given: Arguments, run: Path, device: torch.device) -> Iterator[tuple
         if changes or not (own / "config.json").is_file():
             recipe = type(recipe)(dataclasses.replace(recipe.config, **changes))
             own = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        yield System.of(recipe, nets, open_images(recipe, own, progress=sys.stderr.isatty()), device), step
+        yield (
+            System.of(recipe, nets, open_images(recipe, own, progress=sys.stderr.isatty()), device),
+            about["step"],
+        )
 
 
 @contextlib.contextmanager

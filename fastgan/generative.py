@@ -19,19 +19,23 @@ def draw(
     device: torch.device,
     labels: Tensor | None = None,
     each: int = 1,
+    seed: int | None = None,
+    skip: int = 0,
 ) -> Tensor:
-    """Generated images of domain A in the range of the output, (count, C, H, W): a function of the networks,
-    the seed and the key alone.
+    """Generated images of domain A in the range of the output, (count, C, H, W): image k of a seed and key is
+    always the same.
 
     Args:
         labels: (count, numbers), where the recipe is labelled.
         each: how many images in a row share their noise; divides count.
+        seed: default: that of the run.
+        skip: number of the first image.
     """
-    rng = np.random.default_rng([recipe.config.seed, key])
     given = {} if labels is None else {"label": labels}
-    for name, numbers in recipe.noise.items():
-        values = torch.from_numpy(rng.standard_normal((count // each, numbers), np.float32))
-        given[name] = values.repeat_interleave(each, 0)
+    for number, (name, numbers) in enumerate(recipe.noise.items()):
+        rng = np.random.default_rng([recipe.config.seed if seed is None else seed, key, number])
+        values = rng.standard_normal((skip + count // each, numbers), np.float32)[skip:]
+        given[name] = torch.from_numpy(values).repeat_interleave(each, 0)
     found = []
     for start in range(0, count, 100):
         batch = {name: x[start : start + 100].to(device) for name, x in given.items()}

@@ -12,6 +12,7 @@ import fastgan
 from fastgan import checkpoint, evaluate, measure, metrics, train, trainer
 from fastgan.data import read_images, write_image
 from fastgan.recipes import RECIPES
+from fastgan.trained import load_run
 
 CPU = torch.device("cpu")
 TINY = ["--ngf", "4", "--ndf", "4", "--device", "cpu", "--threads", "1"]
@@ -108,7 +109,7 @@ def test_pairs_labels_and_diversity(
 ) -> None:
     evaluate.main(["runs/r", "--palette", "p.txt", "--samples", "2"])
     found = read("runs/r/evaluation.json")
-    recipe, nets, _ = evaluate.load_run(Path("runs/r"), CPU)
+    recipe, nets, _ = load_run(Path("runs/r"), CPU)
     data = trainer.open_images(recipe, Path("runs/r"), progress=False)
     system, state = measure.System.of(recipe, nets, data, CPU), torch.get_rng_state()
     again = measure.measure(system, measure.prepare(system.has(), CPU, samples=2))

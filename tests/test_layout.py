@@ -80,7 +80,9 @@ MAY_IMPORT = {
     "files": {"config", "data", "inference", "tiling"},
     "translate": {*LEAVES, "files", "inference", "parallel"},
     "compare": {"config", "gallery"},
-    "evaluate": {"device", *LEAVES, "measure", "models", "recipes", "trainer"},
+    "trained": {"checkpoint", "config", "recipes"},
+    "evaluate": {"device", *LEAVES, "measure", "models", "recipes", "trained", "trainer"},
+    "sample": {*LEAVES, "device", "generative", "trained"},
     "export": {*LEAVES, "models"},
     "demo": {*LEAVES, "files", "inference", "tiling"},
 }
@@ -188,7 +190,8 @@ def test_readme_lists_every_flag() -> None:
 
 
 def test_commands_start_without_torchs_compiler() -> None:
-    code = "import sys, fastgan.translate, fastgan.train; sys.exit('torch._dynamo' in sys.modules)"
+    commands = "fastgan.translate, fastgan.train, fastgan.sample"
+    code = f"import sys, {commands}; sys.exit('torch._dynamo' in sys.modules)"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     )
