@@ -218,7 +218,9 @@ def evaluate(given: Arguments) -> tuple[Found, str, Path | None, dict[str, objec
     with (_of_run if ours else _of_file)(given, given.run, device) as (system, step):
         tools = prepare(system.has(), device, **wanted)
         if not tools.names and not system.ways:
-            raise UsageError(f"{given.run}: nothing to measure, its images have no classes")
+            raise UsageError(
+                f"{given.run}: nothing to measure without classes; for fid, kid, ... give --weights"
+            )
         found = measure(system, tools)
     images = found.details["images"]
     counts = f"{images['A']}" if images["B"] in (images["A"], 0) else f"{images['A']} and {images['B']}"

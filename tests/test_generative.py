@@ -16,7 +16,7 @@ from fastgan import evaluate, metrics, train
 from fastgan.data.augment import Geometry
 from fastgan.data.labelled import open_labelled
 from fastgan.generative import draw
-from fastgan.measure import drawn
+from fastgan.measure import Found, System, Tools, drawn
 from fastgan.measure.drawn import class_score, measure_generated
 from fastgan.recipes import RECIPES
 from fastgan.samples import KEY, sample_columns
@@ -85,7 +85,7 @@ class Real(nn.Module):
     def __init__(self, split: Any, labelled: bool) -> None:
         super().__init__()
         self.images, self.classes = split.images("A", 0, 10_000), torch.from_numpy(split.labels.argmax(1))
-        self.labelled, self.at = labelled, 0
+        self.labelled, self.at = labelled, [0] * 10
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         if label is None:
@@ -93,8 +93,8 @@ class Real(nn.Module):
         found = []
         for k in label.argmax(1).tolist():
             mine = (self.classes == k).nonzero()[:, 0]
-            found.append(self.images[mine[self.at % len(mine)]])
-            self.at += 1
+            found.append(self.images[mine[self.at[k] % len(mine)]])
+            self.at[k] += 1
         return torch.stack(found)
 
 
@@ -117,6 +117,23 @@ def test_measures_of_a_perfect_and_of_a_collapsed_generator() -> None:
     bad = measure_generated(recipe, {"G": Real(data.train, False)}, data, CPU)
     assert bad["class_share_min"] == 0 and bad["class_share_max"] >= 0.5 and bad["class_score"] < 2.1
     assert "label_accuracy" not in bad
+
+
+def test_images_for_fid_have_the_labels_of_the_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[metrics.Spool] = []
+    monkeypatch.setattr(drawn, "inception", lambda fake, real, *_: taken.extend((fake, real)))
+    monkeypatch.setattr(drawn, "FEWEST", 0)
+    monkeypatch.setattr(drawn, "AT_ONCE", 7)
+    data = open_labelled(None, labelled=True, geometry=Geometry("none", 32, 32), max_images=25)
+    recipe, _ = make("cgan")
+    system = System.of(recipe, {"G": Real(data.train, True)}, data, CPU)
+    assert system.has() == {"inception", "drawn"}
+    drawn.measure_drawn(system, Tools({"fid"}, inception={}), found := Found())
+    fake, real = taken
+    assert len(fake) == len(real) == data.train.len_A and not found.values
+    # images of a class come round: the two sets are one where the labels are those of training
+    sets = [sorted(spool[k].numpy().tobytes() for k in range(len(spool))) for spool in taken]
+    assert sets[0] == sets[1]
 
 
 @pytest.mark.usefixtures("quick")

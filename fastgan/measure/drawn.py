@@ -13,11 +13,42 @@ from torch.nn import functional as F
 from fastgan import metrics
 from fastgan.data.dataset import Data, Split
 from fastgan.generative import draw
+from fastgan.measure.pairs import inception
+from fastgan.measure.system import Found, System
+from fastgan.measure.tools import Tools
+from fastgan.metrics import MEASURES
 from fastgan.recipes.base import Nets, Recipe
 
 IMAGES = 2000  # that are measured
 MOST = 10_000  # real images that the classifiers see
+FEWEST, AT_ONCE = 2048, 100  # drawn for Inception features; in memory
 KEY = 4  # keeps these draws apart from others
+
+
+def measure_drawn(system: System, tools: Tools, found: Found) -> None:
+    """Add the measures of images from noise to what was found: by a classifier (`measure_generated`), and by
+    Inception features as many images as there are in training, at least 2,048 and at most 50,000, against
+    those."""
+    assert system.recipe is not None
+    recipe, train = system.recipe, system.data.train
+    if any(MEASURES[name].needs == "drawn" for name in tools.names):
+        found.values |= measure_generated(recipe, system.nets, system.data, system.device)
+    if tools.inception is None:
+        return
+    spools = metrics.Spool(), metrics.Spool()
+    count = min(max(FEWEST, train.len_A), 50_000)
+    for start in range(0, count, AT_ONCE):
+        numbers = range(start, min(start + AT_ONCE, count))
+        given = None
+        if recipe.labelled and train.labels is not None:
+            given = torch.from_numpy(train.labels[[k % train.len_A for k in numbers]])
+        made = draw(
+            recipe, system.nets, len(numbers), key=KEY, device=system.device, labels=given, skip=start
+        )
+        spools[0].append(system.unit(made))
+    for k in range(min(train.len_A, 50_000)):
+        spools[1].append(system.unit(system.images(train, "A", k)))
+    inception(*spools, tools, system.device, found)
 
 
 def measure_generated(recipe: Recipe, nets: Nets, data: Data, device: torch.device) -> dict[str, float]:
@@ -53,12 +84,6 @@ def measure_generated(recipe: Recipe, nets: Nets, data: Data, device: torch.devi
         out["label_accuracy"] = metrics.accuracy(reader, fake, labels)
         out["tstr"] = metrics.accuracy(learner, held_out, held_labels)
     return out
-
-
-def has_classes(data: Data) -> bool:
-    """Whether every image has exactly one label."""
-    labels = data.train.labels
-    return labels is not None and labels.shape[1] > 1 and bool((labels.sum(1) == 1).all())
 
 
 @torch.no_grad()

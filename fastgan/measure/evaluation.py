@@ -13,7 +13,7 @@ from fastgan import metrics
 from fastgan.checkpoint import best_of
 from fastgan.config import Config, UsageError
 from fastgan.data.dataset import Data
-from fastgan.measure.drawn import measure_generated
+from fastgan.measure.drawn import measure_drawn
 from fastgan.measure.system import Found, System
 from fastgan.measure.tools import Tools, prepare
 from fastgan.measure.ways import measure_way
@@ -38,8 +38,8 @@ def measure(system: System, tools: Tools) -> Found:
         target = _labelled(system, tools)
         for way in system.ways:
             measure_way(system, tools, way, found, way.target == target)
-        if tools.names and not system.ways and system.recipe is not None:
-            found.values |= measure_generated(system.recipe, system.nets, system.data, device)
+        if not system.ways:
+            measure_drawn(system, tools, found)
     return found
 
 

@@ -13,7 +13,6 @@ from fastgan import metrics
 from fastgan.config import Config
 from fastgan.data.dataset import Data, Split
 from fastgan.data.folders import find_layout
-from fastgan.measure.drawn import has_classes
 from fastgan.models import translate_any_size
 from fastgan.recipes.base import Direction, Nets, Recipe
 
@@ -45,7 +44,7 @@ class System:
     def has(self) -> set[str]:
         """Which of `NEEDS` this system meets without further flags."""
         if not self.ways:
-            return {"drawn"} if has_classes(self.data) else set()
+            return {"inception"} | ({"drawn"} if has_classes(self.data) else set())
         back = any(way.back for way in self.ways)
         classes = self.digits or bool(class_names(self.data))
         facts = {"pairs": self.pairs, "back": back, "digits": self.digits, "classes": classes}
@@ -85,3 +84,9 @@ def class_names(data: Data) -> list[str]:
     return metrics.class_folders(
         data.train.names_A, data.train.names_B, data.shown.names_A, data.shown.names_B
     )
+
+
+def has_classes(data: Data) -> bool:
+    """Whether every image has exactly one label."""
+    labels = data.train.labels
+    return labels is not None and labels.shape[1] > 1 and bool((labels.sum(1) == 1).all())
