@@ -115,9 +115,10 @@ def passes() -> Iterator[tuple[str, str, str, str, str, int, Launch]]:
     pending = Pointwise(planes, planes, affine, affine, "relu")
     image = image_layout(64, 64, 256)
     modules = [
-        importlib.import_module(f"fastgan_kernels.{op}") for op in ("instance_norm_act", "reflect_pad2d")
+        importlib.import_module(f"fastgan_kernels.{op}")
+        for op in ("instance_norm_act", "reflect_pad2d", "channel_layer_norm_act")
     ]
-    norm, pad = modules
+    norm, pad, layer_norm = modules
     with record(_halo, _norm, *modules) as launches, mock.patch.object(norm, "runs_kernel", lambda x: True):
         with mock.patch.object(pad, "runs_kernel", lambda x: True):
             pad._backward._init_fn(pad._forward._init_fn(x, [1, 1, 1, 1]), [1, 1, 1, 1])
@@ -132,6 +133,13 @@ def passes() -> Iterator[tuple[str, str, str, str, str, int, Launch]]:
         _halo.gradient(g, conv.gradient, pending, conv.output, x, means=meta(4, 2, 256, of=torch.float32))
         _halo.gradient(rows[: 4 * image.rows], image, pending, image, x)
     named = [("4x256x64x64", launch) for launch in launches]
+    # behind the last upsampling of MUNIT's decoder at 256x256
+    x, gamma = meta(4, 64, 256, 256).contiguous(memory_format=torch.channels_last), meta(64)
+    runs = mock.patch.object(layer_norm, "runs_kernel", lambda x: True)
+    with record(_halo, _norm, layer_norm) as launches, runs:
+        y, mean, rstd = layer_norm._forward._init_fn(x, gamma, gamma, 1e-5, "relu", 0.2)
+        layer_norm._backward._init_fn(y, x, mean, rstd, gamma, gamma, 1e-5, "relu", 0.2)
+    named += [("4x64x256x256", launch) for launch in launches]
     adam, crop = (importlib.import_module(f"fastgan_kernels.{op}") for op in ("adam_step", "crop_images"))
     p, copy, step = meta(512, 512, 4, 4, of=torch.float32), meta(512, 512, 4, 4), meta(of=torch.float32)
     with record(adam) as launches, mock.patch.object(adam, "runs_kernel", lambda x: True):

@@ -3,12 +3,18 @@ the torch layers they stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fastgan_kernels import conv_norm_act, conv_transpose_norm_act, instance_norm_act, reflect_pad2d
+from fastgan_kernels import (
+    channel_layer_norm_act,
+    conv_norm_act,
+    conv_transpose_norm_act,
+    instance_norm_act,
+    reflect_pad2d,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +60,41 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"
+
+
+class ChannelLayerNorm(nn.Module):
+    """The layer norm of MUNIT's decoder (Huang et al. 2018), with the activation that follows it.
+
+    Mean and unbiased standard deviation are those of each image over all its values; gamma (drawn from
+    U(0, 1)) and beta (0) are per channel, under the names of the release.
+
+    Args:
+        channels: C.
+        eps: added to the standard deviation.
+        act: "none", "relu", "leaky_relu" or "tanh".
+        slope: negative slope of "leaky_relu".
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, act: str = "none", slope: float = 0.2) -> None:
+        super().__init__()
+        self.eps, self.act, self.slope = eps, act, slope
+        self.gamma, self.beta = nn.Parameter(torch.rand(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """act(gamma * (input - mean) / (std + eps) + beta), (N, C, H, W) in and out."""
+        return self._run(input, self.gamma, self.beta)
+
+    @staticmethod
+    def stacked(norms: Sequence[ChannelLayerNorm], x: Tensor) -> Tensor:
+        """This layer of several networks; see `fastgan.stack`."""
+        gamma, beta = torch.stack([n.gamma for n in norms]), torch.stack([n.beta for n in norms])
+        return norms[0]._run(x, gamma, beta)
+
+    def _run(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return channel_layer_norm_act(x, gamma, beta, eps=self.eps, act=self.act, slope=self.slope)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.gamma)}, eps={self.eps}, act={self.act}"
 
 
 class Conv2d(nn.Conv2d):

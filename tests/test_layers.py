@@ -205,3 +205,40 @@ def test_a_large_smooth_plane_on_the_cpu_is_exact_without_gradients():
         found = layers.InstanceNorm2d(3)(x)
     # a rounding of the mean, 5e-7 of 30, over a standard deviation of 4
     torch.testing.assert_close(found.double(), F.instance_norm(x.double()), rtol=0, atol=5e-6)
+
+
+def _munit(x: Tensor, layer: layers.ChannelLayerNorm) -> Tensor:
+    """The release's layer norm as it stands there, for more than one image."""
+    mean, std = (t.view(-1, 1, 1, 1) for t in (x.flatten(1).mean(1), x.flatten(1).std(1)))
+    return (x - mean) / (std + layer.eps) * layer.gamma.view(1, -1, 1, 1) + layer.beta.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_channel_layer_norm(act):
+    torch.manual_seed(0)
+    drawn = torch.rand(5)
+    torch.manual_seed(0)
+    layer = layers.ChannelLayerNorm(5, 1e-2, act, 0.3)
+    assert {k: v.tolist() for k, v in layer.state_dict().items()} == {
+        "gamma": drawn.tolist(),
+        "beta": [0] * 5,
+    }
+    assert repr(layer) == f"ChannelLayerNorm(5, eps=0.01, act={act})"
+    layer.double()
+    nn.init.normal_(layer.beta)
+    x1, x2 = _image(2, 5, 4, 3).requires_grad_(), _image(2, 5, 4, 3).requires_grad_()
+    y1, y2 = layer(x1), ACTS[act](_munit(x2, layer))
+    assert_close(y1, y2, **EXACT)
+    assert_close(_gradients(y1, x1, layer), _gradients(y2, x2, layer), **EXACT)
+
+
+def test_channel_layer_norm_keeps_its_definition():
+    # the defaults are the release's, and under autocast the parameters stay float32
+    layer, x = layers.ChannelLayerNorm(3), 1e-3 * torch.randn(2, 3, 5, 4)
+    assert_close(layer(x), _munit(x, layer))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert_close(y.float(), _munit(x.bfloat16().float(), layer), rtol=0, atol=2**-7)
+    y.sum().backward()
+    assert layer.gamma.grad is not None and layer.gamma.grad.dtype == torch.float32

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import stack
+from fastgan.layers import ChannelLayerNorm
 from fastgan.models import PatchDiscriminator, ResnetGenerator, UnetGenerator
 from fastgan.stack import run_layers, run_together, stackable
 
@@ -34,6 +35,20 @@ def gradients(outputs: list[Tensor], nets: list[nn.Module], inputs: list[Tensor]
     leaves = inputs + [p for net in nets for p in net.parameters()]
     dy = [torch.randn(y.shape, dtype=y.dtype) for y in outputs]
     return list(torch.autograd.grad(outputs, leaves, dy, allow_unused=True, materialize_grads=True))
+
+
+def test_a_layer_norm_keeps_its_own_parameters():
+    torch.manual_seed(0)
+    nets = [
+        nn.Sequential(nn.Conv2d(2, 3, 3), ChannelLayerNorm(3, act="relu"), nn.Conv2d(3, 1, 1)).double()
+        for _ in range(2)
+    ]
+    inputs = [torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in nets]
+    expected = [net(x) for net, x in zip(nets, inputs)]
+    found = list(run_layers(nets, torch.cat(inputs)).chunk(2))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    pair = gradients(found, nets, inputs), gradients(expected, nets, inputs)
+    torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("norm", ["instance", "none"])

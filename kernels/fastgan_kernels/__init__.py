@@ -2,6 +2,7 @@
 
 from .adam_step import adam_step
 from .batch_norm_act import batch_norm_act
+from .channel_layer_norm_act import channel_layer_norm_act
 from .conv_norm_act import conv_norm_act
 from .conv_transpose_norm_act import conv_transpose_norm_act
 from .crop_images import crop_images
@@ -12,6 +13,7 @@ from .residual_block import residual_block
 __all__ = [
     "adam_step",
     "batch_norm_act",
+    "channel_layer_norm_act",
     "conv_norm_act",
     "conv_transpose_norm_act",
     "crop_images",

@@ -219,8 +219,12 @@ def gradient_to(
     y: Tensor | None = None,
     skip: Tensor | None = None,
     means: Tensor | None = None,
+    weighted: bool = False,
 ) -> None:
-    """gradient into out, (N, columns, grid_h, grid_w) of any strides."""
+    """gradient into out, (N, columns, grid_h, grid_w) of any strides.
+
+    weighted: the means are those of weight * G, and out is rstd * (weight * G - means[:, 0] - ...).
+    """
     assert target.mode == "zeros", "a mirrored gradient is of no use"
     if out.numel() == 0:
         return
@@ -232,7 +236,7 @@ def gradient_to(
         _halo_gradient_kernel[(len(out) * ceil_div(target.rows, block_r), ceil_div(target.columns, block_k))](
             _strided(grid), _strided(z), _strided(y), _strided(skip), _strided(out), _norm(pending),
             pending.seed, means, _sizes(layout), _sizes(target), _per_set(grid, pending),
-            FROM=_form(layout), TO=_form(target), ACT=pending.act, SLOPE=pending.slope,
+            FROM=_form(layout), TO=_form(target), WEIGHTED=weighted, ACT=pending.act, SLOPE=pending.slope,
             DROPOUT=pending.dropout, THRESHOLD=threshold(pending.dropout), BLOCK_R=block_r, BLOCK_K=block_k,
         )  # fmt: skip
 

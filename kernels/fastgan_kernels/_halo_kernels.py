@@ -308,7 +308,7 @@ def _halo_reduce_kernel(
 @triton.jit
 def _halo_gradient_kernel(
     rows, z, y, skip, out, norm, seed_ptr, means_ptr, sizes, out_sizes, per_set,
-    FROM: tl.constexpr, TO: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, WEIGHTED: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr,
     DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(out_sizes[3] * out_sizes[4], BLOCK_R)
@@ -323,8 +323,11 @@ def _halo_gradient_kernel(
     g, xhat = _before_activation(
         g, z, y, skip, norm, parameters, seed_ptr, n, c, h, w, used, sizes, ACT, SLOPE, DROPOUT, THRESHOLD
     )
+    if WEIGHTED:
+        if norm[2] is not None:
+            g *= parameters[2]
     if means_ptr is not None:
         g -= tl.load(means_ptr + n * 2 * C + c, mask=c < C, other=0.0)
         g -= xhat * tl.load(means_ptr + n * 2 * C + C + c, mask=c < C, other=0.0)
-    g = _scale(g, norm, parameters)
+    g = g * parameters[1] if WEIGHTED else _scale(g, norm, parameters)
     tl.store(_pointer(out, n, column, i, j), tl.where(used, g, 0.0), mask=inside)

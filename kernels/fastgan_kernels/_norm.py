@@ -1,11 +1,11 @@
-"""What instance_norm_act and batch_norm_act share.
+"""What instance_norm_act, batch_norm_act and channel_layer_norm_act share.
 
     z = (x - mean) * rstd * weight + bias + residual,   y = dropout(act(z)), padded or behind other channels
 
 Statistics: each chunk of pixels to its mean and its sum of squared deviations, which are combined in a fixed
-order (Chan, Golub and LeVeque 1983), over a plane (instance norm) or over the samples of a weight set (batch
-norm). The pointwise work, the padding and the two passes of the backward are those of _halo.
-The second order is `reference_backward`, in torch functions, differentiated by torch.
+order (Chan, Golub and LeVeque 1983), over a plane (instance norm), over the samples of a weight set (batch
+norm) or over an image with all its channels (layer norm). The pointwise work, the padding and the two passes
+of the backward are those of _halo; the second order is that of _norm_reference.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (only the kernels: Triton reads their annotations)
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _halo
 from ._layout import MODES, Layout, image_layout
 from ._op import layout, require, require_image, tl, triton
-from ._pointwise import ACTIVATIONS, Pointwise, accumulator, dropout
+from ._pointwise import ACTIVATIONS, Pointwise, accumulator
 from ._tune import PlaneTile, ceil_div, plane_tile, power_of_two
 
 
@@ -38,6 +38,10 @@ class Options(NamedTuple):
     def moves_only(self) -> bool:
         """The gradient of the residual is dy itself."""
         return self.act == "none" and self.dropout == 0 and self.pad == 0
+
+
+# in place of the number of groups: the statistics are those of an image, all its channels
+IMAGE = -1
 
 
 def check(
@@ -209,92 +213,6 @@ def per_sample(parameter: Tensor, x: Tensor) -> Tensor:
     return rows.repeat_interleave(len(x) // len(rows), 0)
 
 
-def reference_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor | None,
-    seed: Tensor | None,
-    statistics: tuple[Tensor, Tensor] | int | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dresidual, without concat, written so that torch can differentiate it again.
-
-    y: the op's own inner output, whose sign decides the activation, or None. statistics: given (mean, rstd),
-    the number of groups of a batch norm, or None for those of each plane.
-    """
-    kind = accumulator(x.dtype)
-    n, c, height, width = x.shape
-    shape, axes = (n, 1, c, height, width), (1, 3, 4)
-    if isinstance(statistics, int):
-        shape = (statistics, n // statistics, c, height, width)
-    centred = x.to(kind).reshape(shape)
-    if isinstance(statistics, tuple):
-        mean, rstd = (t.view(n, 1, c, 1, 1) for t in statistics)
-        centred = centred - mean
-    else:
-        centred = centred - centred.mean(axes, keepdim=True)
-        rstd = (centred.square().mean(axes, keepdim=True) + options.eps).rsqrt()
-    xhat = (centred * rstd).view(x.shape)
-    w = x.new_ones(c, dtype=kind) if weight is None else weight.to(kind)
-    z = xhat * _per_plane(w, x)
-    z = z if bias is None else z + _per_plane(bias, x).to(kind)
-    z = z if residual is None else z + residual.to(kind)
-    g = _unpad(dy.to(kind), x, options.pad, options.padding_mode)
-    if options.act == "tanh":
-        g = g * (1 - torch.tanh(z).square())
-    elif options.act != "none":
-        sign = z.detach() if y is None else y
-        g = torch.where(sign > 0, g, g * (options.slope if options.act == "leaky_relu" else 0.0))
-    if seed is not None:
-        g = dropout(g, options.dropout, seed)
-    dxhat = (g * _per_plane(w, x)).view(shape)
-    if not isinstance(statistics, tuple):
-        s1, s2 = (t.mean(axes, keepdim=True) for t in (dxhat, dxhat * xhat.view(shape)))
-        dxhat = dxhat - s1 - xhat.view(shape) * s2
-    dx = (dxhat * rstd).view(x.shape)
-    sums = torch.stack([g.sum((2, 3)), (g * xhat).sum((2, 3))], 1)
-    return dx.to(x.dtype), *of_parameters(sums, weight, bias, x), g.to(x.dtype)
-
-
-def _per_plane(parameter: Tensor, x: Tensor) -> Tensor:
-    return per_sample(parameter, x)[:, :, None, None]
-
-
-def _unpad(dy: Tensor, x: Tensor, pad: int, mode: str) -> Tensor:
-    """The transpose of padding."""
-    if pad == 0:
-        return dy
-    if mode == "zeros" or dy.numel() == 0:
-        return dy[:, :, pad : pad + x.shape[2], pad : pad + x.shape[3]]
-    backward = {
-        "reflect": torch.ops.aten.reflection_pad2d_backward.default,
-        "replicate": torch.ops.aten.replication_pad2d_backward.default,
-    }[mode]
-    return backward(dy.contiguous(), x.to(dy.dtype), (pad,) * 4)
-
-
-def second_order(
-    given: tuple[Tensor | None, ...], grads: tuple[Tensor, ...], rest: tuple[Any, ...]
-) -> list[Tensor | None]:
-    """The gradients of reference_backward(*given, *rest) for what is given.
-
-    grads: for each of its results; one of another shape belongs to a result that nobody asked for.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # fresh nodes: the gradient stops here and does not run on through dy, which may depend on x
-        fresh: list[Any] = [t if t is None else t.view_as(t).requires_grad_() for t in given]
-        outputs = reference_backward(*fresh, *rest)
-    pairs = [(o, grad) for o, grad in zip(outputs, grads) if o.requires_grad and o.shape == grad.shape]
-    outputs, grads = zip(*pairs)
-    inputs = [t for t in fresh if t is not None]
-    found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=create_graph, allow_unused=True))
-    return [None if t is None else next(found) for t in fresh]
-
-
 def _padded(x: Tensor, options: Options) -> Layout:
     """The padded image, a row per pixel."""
     n, c, height, width = x.shape
@@ -356,8 +274,8 @@ def backward_passes(
 ) -> Tensor:
     """Fills dx and, unless it is empty, dresidual; returns the sums of G and of G * xhat, (N, 2, C).
 
-    dy: like y without concat, any strides. groups: of a batch norm; 0 for given statistics; None for those of
-    each plane.
+    dy: like y without concat, any strides. groups: of a batch norm; 0 for given statistics; IMAGE for those
+    of each image; None for those of each plane.
     """
     pending, padded = _pending(mean, rstd, weight, bias, seed, options), _padded(x, options)
     total = dresidual if dresidual.numel() else False
@@ -365,14 +283,26 @@ def backward_passes(
     sums = partial.sum(1)
     n, _, c = sums.shape
     means = None
-    if groups is None:
+    if groups == IMAGE:
+        means = sums if weight is None else sums * per_sample(weight, x)[:, None].to(sums.dtype)
+        count = c * x.shape[2] * x.shape[3]
+        means = (means.sum(2, keepdim=True) / count).repeat(1, 1, c)
+        means[:, 1] *= deviation_factor(rstd, options.eps, count)
+    elif groups is None:
         means = sums / (x.shape[2] * x.shape[3])
     elif groups:
         means = sums.view(groups, -1, 2, c).mean(1) / (x.shape[2] * x.shape[3])
         means = means.repeat_interleave(n // groups, 0)
     image = image_layout(x.shape[2], x.shape[3], c)
-    _halo.gradient_to(dy, padded, pending, image, dx, x, y, None, means)
+    _halo.gradient_to(dy, padded, pending, image, dx, x, y, None, means, weighted=groups == IMAGE)
     return sums
+
+
+def deviation_factor(rstd: Tensor, eps: float, count: int) -> Tensor:
+    """What multiplies the mean of g * xhat where rstd is 1 / (unbiased standard deviation + eps)."""
+    # where all values are equal, eps * rstd is 1 and xhat 0
+    rest = (1 - eps * rstd).clamp(min=torch.finfo(rstd.dtype).eps)
+    return count / (max(1, count - 1) * rest)
 
 
 def of_parameters(
@@ -393,31 +323,39 @@ def of_parameters(
 def moments(x: Tensor, eps: float, groups: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps), (N, C) each, of every plane, or of equal groups of samples.
 
-    x: contiguous or channels_last, not empty.
+    x: contiguous or channels_last, not empty. groups: IMAGE: mean and 1 / (standard deviation + eps) of every
+    image with all its channels, the unbiased deviation.
     """
-    n, c, pixels, tile, shape = tile_of(x)
+    n, c = x.shape[:2]
+    samples = copies = 1 if groups is None else n // groups
+    if groups == IMAGE:
+        samples, copies = 1, c
+        # in either layout the values of an image lie next to each other: a plane of one channel
+        count = x.numel() // n
+        x = x.as_strided((n, 1, count, 1), (count, count, 1, 1))
+    _, channels, pixels, tile, shape = tile_of(x, 1024 if groups == IMAGE else 256)
     chunks = max(1, tile.chunks)
-    samples = 1 if groups is None else n // groups
-    partial = x.new_empty((2, n, c, chunks), dtype=accumulator(x.dtype))
+    partial = x.new_empty((2, n, channels, chunks), dtype=accumulator(x.dtype))
     # not views of one tensor: an op must not return those
     mean, rstd = (partial.new_empty((n, c)) for _ in range(2))
     with torch.cuda.device_of(x):
-        _norm_partial_kernel[(n * ceil_div(c, tile.block_c), chunks)](
-            x, partial[0], partial[1], c, pixels, chunks, STEPS=tile.steps, **shape
+        _norm_partial_kernel[(n * ceil_div(channels, tile.block_c), chunks)](
+            x, partial[0], partial[1], channels, pixels, chunks, STEPS=tile.steps, **shape
         )
-        _norm_combine_kernel[(n // samples, c)](
-            partial[0], partial[1], mean, rstd, c, samples, pixels, chunks, tile.steps * tile.block_p,
-            EPS=eps, BLOCK=power_of_two(samples * chunks), BLOCK_N=power_of_two(samples),
+        _norm_combine_kernel[(n // samples, channels)](
+            partial[0], partial[1], mean, rstd, channels, samples, copies, pixels, chunks,
+            tile.steps * tile.block_p, EPS=eps, DEVIATION=groups == IMAGE,
+            BLOCK=power_of_two(samples * chunks), BLOCK_N=power_of_two(copies),
             num_warps=max(1, min(8, samples * chunks // 256)),
         )  # fmt: skip
     return mean, rstd
 
 
-def tile_of(x: Tensor) -> tuple[int, int, int, PlaneTile, dict[str, int]]:
-    """The sizes of x, its tile, and what kernels are launched with for it."""
+def tile_of(x: Tensor, most: int = 256) -> tuple[int, int, int, PlaneTile, dict[str, int]]:
+    """The sizes of x, its tile of at most so many chunks, and what kernels are launched with for it."""
     n, c, height, width = x.shape
     channels_last = layout(x) == torch.channels_last
-    tile = plane_tile(n, c, height * width, channels_last, x.element_size())
+    tile = plane_tile(n, c, height * width, channels_last, x.element_size(), most)
     shape = {"CHANNELS_LAST": channels_last, "BLOCK_C": tile.block_c, "BLOCK_P": tile.block_p}
     return n, c, height * width, tile, {**shape, "num_warps": tile.num_warps}
 
@@ -470,8 +408,8 @@ def _norm_partial_kernel(
 
 @triton.jit
 def _norm_combine_kernel(
-    chunk_mean_ptr, chunk_m2_ptr, mean_ptr, rstd_ptr, C, samples, HW, chunks, chunk_pixels,
-    EPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    chunk_mean_ptr, chunk_m2_ptr, mean_ptr, rstd_ptr, C, samples, copies, HW, chunks, chunk_pixels,
+    EPS: tl.constexpr, DEVIATION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * samples
     c = tl.program_id(1)
@@ -486,7 +424,10 @@ def _norm_combine_kernel(
     spread = chunk_mean - mean
     m2 = tl.sum(chunk_m2 + count * spread * spread, axis=0)
     n = tl.arange(0, BLOCK_N)
-    offset = (first + n) * C + c
-    rstd = tl.rsqrt(m2 / HW / samples + EPS)
-    tl.store(mean_ptr + offset, tl.full((BLOCK_N,), 0.0, mean.dtype) + mean, mask=n < samples)
-    tl.store(rstd_ptr + offset, tl.full((BLOCK_N,), 0.0, mean.dtype) + rstd, mask=n < samples)
+    offset = (tl.program_id(0) * copies + n) * C + c
+    if DEVIATION:
+        rstd = 1 / (tl.sqrt(m2 / tl.maximum(HW - 1, 1)) + EPS)
+    else:
+        rstd = tl.rsqrt(m2 / HW / samples + EPS)
+    tl.store(mean_ptr + offset, tl.full((BLOCK_N,), 0.0, mean.dtype) + mean, mask=n < copies)
+    tl.store(rstd_ptr + offset, tl.full((BLOCK_N,), 0.0, mean.dtype) + rstd, mask=n < copies)

@@ -261,8 +261,8 @@ class PlaneTile(NamedTuple):
     num_warps: int
 
 
-def plane_tile(n: int, c: int, pixels: int, channels_last: bool, itemsize: int) -> PlaneTile:
-    """Tile of a reduction over the pixels of each (n, c) plane."""
+def plane_tile(n: int, c: int, pixels: int, channels_last: bool, itemsize: int, most: int = 256) -> PlaneTile:
+    """Tile of a reduction over the pixels of each (n, c) plane, in at most so many chunks."""
     # 16384 float32 values are 32 registers of each thread of 16 warps
     limit = 8192 if itemsize == 8 else 16384
     # 16 channels of a half type fill the 32-byte sector that one pixel's load fetches
@@ -273,8 +273,8 @@ def plane_tile(n: int, c: int, pixels: int, channels_last: bool, itemsize: int) 
         return PlaneTile(block_c, block_p, 1, 0, max(1, min(16, block_c * block_p // 512)))
     block_c = min(64, power_of_two(c)) if channels_last else 1
     block_p = 2048 // block_c
-    # about 1024 programs fill every GPU in sight; 256 partial sums of a plane still fit in one program
-    chunks = max(1, min(256, 1024 // (n * ceil_div(c, block_c))))
+    # about 1024 programs fill every GPU in sight; the partial sums of a plane fit in one program
+    chunks = max(1, min(most, 1024 // (n * ceil_div(c, block_c))))
     steps = power_of_two(ceil_div(pixels, chunks * block_p))
     # 8 warps: each thread fetches one 16-byte vector of a half type
     return PlaneTile(block_c, block_p, steps, ceil_div(pixels, steps * block_p), 8)

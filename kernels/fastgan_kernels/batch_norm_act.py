@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _norm
+from . import _norm, _norm_reference
 from ._norm import Options
 from ._op import layout, require, runs_kernel
 from ._pointwise import accumulator, activation
@@ -229,7 +229,7 @@ def _backward(
     if not runs_kernel(x):
         shift = _norm.stand_in(x, residual, needs_residual)
         statistics = groups or (mean, rstd)
-        found = _norm.reference_backward(dy, x, weight, bias, shift, y, seed, statistics, options)
+        found = _norm_reference.reference_backward(dy, x, weight, bias, shift, y, seed, statistics, options)
         return _norm.fill((dx, dweight, dbias, dresidual), found)
     x = x.contiguous(memory_format=layout(x))
     sums = _norm.backward_passes(dy, x, mean, rstd, weight, bias, y, seed, groups, options, dx, dresidual)
@@ -308,7 +308,7 @@ def _backward_gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     # the statistics are functions of x, differentiated in ddx, or given
     given = (dy, x, weight, bias, _norm.stand_in(x, residual, ctx.needs_residual))
     rest = (y, seed, ctx.groups or (mean, rstd), ctx.options)
-    ddy, ddx, ddweight, ddbias, ddresidual = _norm.second_order(given, grads, rest)
+    ddy, ddx, ddweight, ddbias, ddresidual = _norm_reference.second_order(given, grads, rest)
     ddresidual = None if residual is None else ddresidual
     nothing = [None] * (1 + len(ctx.options) + 1)
     return ddy, ddx, None, None, ddweight, ddbias, None, *nothing, ddresidual, None

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _norm
+from . import _norm, _norm_reference
 from ._norm import Options, tile_of, tile_place
 from ._op import layout, runs_kernel, tl, triton
 from ._pointwise import accumulator, activate
@@ -319,7 +319,7 @@ def _backward(
     )
     if not runs_kernel(x):
         shift = _norm.stand_in(x, residual, needs_residual)
-        found = _norm.reference_backward(dy, x, weight, bias, shift, y, seed, None, options)
+        found = _norm_reference.reference_backward(dy, x, weight, bias, shift, y, seed, None, options)
         return _norm.fill((dx, dweight, dbias, dresidual), found)
     if dx.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_(), dresidual
@@ -421,7 +421,9 @@ def _backward_gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     dy, x, weight, bias, residual, y, seed = ctx.saved_tensors
     # the statistics are functions of x, differentiated in ddx
     given = (dy, x, weight, bias, _norm.stand_in(x, residual, ctx.needs_residual))
-    ddy, ddx, ddweight, ddbias, ddresidual = _norm.second_order(given, grads, (y, seed, None, ctx.options))
+    ddy, ddx, ddweight, ddbias, ddresidual = _norm_reference.second_order(
+        given, grads, (y, seed, None, ctx.options)
+    )
     ddresidual = None if residual is None else ddresidual
     return ddy, ddx, None, None, ddweight, ddbias, None, *[None] * len(ctx.options), None, ddresidual, None
 

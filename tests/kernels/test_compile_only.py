@@ -141,6 +141,22 @@ def test_norm_with_padding(op, layout, shape, architecture, dtype, recorded):
     check(launches, architecture, PASSES | MOMENTS)
 
 
+LAYER_CASES = [(NHWC, (4, 64, 256, 256), a, dtype) for a in ARCHITECTURES for dtype in DTYPES]
+LAYER_CASES += [(NCHW, (1, 128, 128, 128), a, torch.bfloat16) for a in ARCHITECTURES]
+LAYER_CASES += [(NHWC, (2, 16, 16, 16), 90, torch.float32)]  # one chunk
+
+
+@pytest.mark.parametrize("layout, shape, architecture, dtype", LAYER_CASES)
+@pytest.mark.parametrize("op", ["channel_layer_norm_act"])
+def test_channel_layer_norm_act(op, layout, shape, architecture, dtype, recorded):
+    forward, backward, launches = recorded
+    x, parameter = empty(shape, dtype, layout), empty(shape[1:2], dtype)
+    options = (1e-5, "relu", 0.2)
+    y, mean, rstd = forward(x, parameter, parameter, *options)
+    backward(y, x, mean, rstd, parameter, parameter, *options)
+    check(launches, architecture, PASSES | MOMENTS)
+
+
 # images of a batch, and the convolution that reads them
 CONVS = {
     "trunk": (4, Conv(64, 64, 256, 256, 3, 1, 1, "reflect")),

@@ -6,6 +6,7 @@ the kernels' gradients are those of the reference, test_<op>.py shows.
 
 import pytest
 import torch
+from fastgan_kernels import channel_layer_norm_act
 from fastgan_kernels._block import EXTERNAL, NONE, Layer, Plan
 from fastgan_kernels._op import INTERPRET
 from torch import Tensor
@@ -42,6 +43,22 @@ CASES = {
         [layer("instance", mode="reflect"), layer("instance", 0, mode="reflect")],
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ["none", "leaky_relu", "tanh"])
+def test_orders_of_channel_layer_norm_act(act):
+    torch.manual_seed(0)
+    tensors = random(2, 2, 3, 2), random(2, 2), random(2, 2)
+
+    def call(*tensors: Tensor) -> Tensor:
+        return torch.ops.fastgan.channel_layer_norm_act(*tensors, 1e-1, act, 0.2)[0]
+
+    def reference(*tensors: Tensor) -> Tensor:
+        return channel_layer_norm_act(*tensors, eps=1e-1, act=act)
+
+    for function in (call, reference):
+        torch.autograd.gradcheck(function, tensors, fast_mode=True)
+        torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", CASES)
