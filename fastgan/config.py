@@ -105,7 +105,8 @@ class Config:
     epochs_decay: int = 100  # epochs of decay after that (linear)
     steps: int | None = None  # train this many steps in all; the schedule is spread over them
     lr_policy: Literal["linear", "cosine", "step", "constant"] = "linear"  # learning-rate schedule
-    lr_decay_epochs: int = 50  # epochs between two falls by 0.1 (step)
+    lr_decay_epochs: int = 50  # epochs between two falls (step)
+    lr_decay_factor: float = 0.1  # of each of these falls
 
     seed: int = 0  # of weights, order, crops and dropout
     deterministic: bool = False  # only reproducible algorithms (slower on a GPU)

@@ -5,6 +5,7 @@ from fastgan.recipes.cgan import CGAN
 from fastgan.recipes.cyclegan import CycleGAN
 from fastgan.recipes.dcgan import DCGAN
 from fastgan.recipes.discogan import DiscoGAN
+from fastgan.recipes.munit import MUNIT
 from fastgan.recipes.pan import PAN
 from fastgan.recipes.pix2pix import Pix2Pix
 from fastgan.recipes.wgan import WGAN
@@ -19,4 +20,5 @@ RECIPES: dict[str, type[Recipe]] = {
     "wgan-gp": WGANGP,
     "discogan": DiscoGAN,
     "pan": PAN,
+    "munit": MUNIT,
 }
