@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastgan.config import UsageError
 from fastgan.models import GENERATORS, build
 from fastgan.models.describe import describe, say
+from fastgan.models.munit import MUNITGenerator, MUNITTranslator
 
 State = dict[str, Tensor]
 BEST, OLD_BEST = "best", ".old_best"
@@ -195,7 +196,7 @@ def load(path: Path) -> tuple[dict[str, State], State, dict[str, Any]]:
 
 def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
     """State dict and header (empty for foreign files) of one network from .safetensors or the original
-    release's .pth.
+    release's .pth; of MUNIT's file of both domains as one, with "a." and "b." before the keys.
 
     Prefixes of DataParallel and torch.compile are removed, and so are the running statistics that old
     releases stored for instance norms, which never used them.
@@ -222,6 +223,11 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
                 f"{path} is not a plain file of weights ({why}); pickled objects can run any code and are "
                 "never loaded: save net.state_dict() with torch.save where that object was made"
             ) from None
+        if isinstance(loaded, dict) and set(loaded) == {"a", "b"}:
+            parts = {k: part for k, part in loaded.items() if isinstance(part, dict)}
+            if len(parts) == 2:
+                # MUNIT's file has a state dict for each domain
+                loaded = {f"{k}.{key}": value for k, part in parts.items() for key, value in part.items()}
         if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
             kind = (
                 "its entries are " + ", ".join(map(str, list(loaded)[:4])) if isinstance(loaded, dict) else ""
@@ -230,7 +236,8 @@ def read_weights(path: Path) -> tuple[State, dict[str, Any]]:
         state = dict(loaded)
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
     stats = {k.rpartition(".")[0] for k in state if k.endswith("running_mean")}
-    idle = {p for p in stats if f"{p}.weight" not in state}
+    # those of AdaIN belong to MUNIT's files
+    idle = {p for p in stats if f"{p}.weight" not in state and ".dec.model.0." not in p}
     return {k: v for k, v in state.items() if k.rpartition(".")[0] not in idle}, about
 
 
@@ -286,9 +293,9 @@ def load_generator(
     """A generator from a run or checkpoint folder, ours or the original release's, or from one file.
 
     Args:
-        path: a file may be .safetensors, or a .pth or .ckpt of pix2pix, CycleGAN, CUT or StarGAN. Of a folder
-            the newest weights are taken, the averaged ones where there are some. Network, norm, width,
-            depth, dropout and channels are read off keys and shapes.
+        path: a file may be .safetensors, a .pth or .ckpt of pix2pix, CycleGAN, CUT or StarGAN, or MUNIT's
+            gen_*.pt. Of a folder the newest weights are taken, the averaged ones where there are some.
+            Network, norm, width, depth, dropout and channels are read off keys and shapes.
         direction: in terms of the data folder; default is the direction of training.
         label: one number per label, for StarGAN alone.
         dropout: a U-Net whose file does not say whether it has dropout, which has no weights, gets it.
@@ -316,7 +323,8 @@ def load_generator(
     if path == file and direction and name in ("G_A", "G_B") and forward != (name == "G_A"):
         raise UsageError(f"{file} is the other way: give its folder for --direction {direction}")
     # what leaves no trace in the weights comes from the header
-    kept = {"resnet": ("output", "padding"), "stargan": (), "discogan": ("output",), "pan": ("output",)}
+    kept = {"resnet": ("output", "padding"), "stargan": ()}
+    kept |= dict.fromkeys(("discogan", "pan", "munit"), ("output",))
     extra = kept.get(found["network"], ("output", "dropout"))
     if dropout and "dropout" in extra:
         found["dropout"] = True
@@ -330,9 +338,16 @@ def load_generator(
         raise UsageError(f"{file} takes {rule}")
     if labels:
         net.label = torch.tensor(label, dtype=torch.float32)
-    channels = (found["channels"],) * 2 if labels else (found["in_channels"], found["out_channels"])
     # the header names domains as A and B; this generator's own order is input, output
     ends = (1, 0) if name == "G_B" else (0, 1)
+    if isinstance(net, MUNITGenerator):
+        ends = (0, 1) if forward else (1, 0)
+        net = MUNITTranslator(net, "AB"[ends[0]], "AB"[ends[1]])
+        channels = tuple(found[f"channels_{'ab'[k]}"] for k in ends)
+    elif labels:
+        channels = found["channels"], found["channels"]
+    else:
+        channels = found["in_channels"], found["out_channels"]
     ranges = [(float(low), float(high)) for low, high in about.get("ranges", [(0, 255)] * 2)]
     dtypes = [np.dtype(d) for d in about.get("dtypes", ["uint8", "uint8"])]
     return Loaded(
@@ -367,38 +382,43 @@ def choices(path: Path | str) -> Choices:
                 found[way] = _file_in(path, way)
     differ = len(set(found.values())) == len(found)
     if differ and len(found) == 2:
-        trained = _file_in(path, None)
-        found = dict(sorted(found.items(), key=lambda item: item[1] != trained))
+        default = _file_in(path, None)
+        found = dict(sorted(found.items(), key=lambda item: item[1] != default))
     file = next(iter(found.values()), path)
-    labels = int(describe(read_weights(file)[0]).get("labels", 0))
-    return Choices(tuple(found) if differ else (), labels)
+    weights, about = read_weights(file)
+    network = describe(weights)
+    if network.get("network") == "munit":
+        trained = about.get("settings", {}).get("direction", "AtoB")
+        return Choices(("AtoB", "BtoA") if trained == "AtoB" else ("BtoA", "AtoB"), 0)
+    return Choices(tuple(found) if differ else (), int(network.get("labels", 0)))
 
 
 def _network(file: Path) -> str:
     """Upstream's name of the network in a file, an empty string for other names."""
-    found = re.fullmatch(r"\w+_net_(G(?:_[AB])?)\.pth|\d+-(G)\.ckpt", file.name)
-    return (found[1] or found[2]) if found else ""
+    found = re.fullmatch(r"\w+_net_(G(?:_[AB])?)\.pth|\d+-(G)\.ckpt|gen_\d+\.pt", file.name)
+    return (found[1] or "G") if found else ""
 
 
 def _file_in(path: Path, direction: str | None) -> Path:
     whole = checkpoints(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     folder = whole[-1] if whole else path
-    if own := (folder / "state.safetensors").is_file():
-        trained = header(folder / "state.safetensors")["settings"]["direction"]
+    if (folder / "state.safetensors").is_file():
+        about = header(folder / "state.safetensors")
+        trained, both = about["settings"]["direction"], about["recipe"] == "munit"
         files = {f.stem: f for f in folder.glob("G*.safetensors")}
     else:
-        trained = "AtoB"
+        # nothing tells which way the only generator of a foreign folder goes
+        trained, both = "AtoB", True
         # by number of epochs or steps; the letters of "latest" come after digits
-        age = {f: re.split("_net_|-", f.name)[0] for f in folder.iterdir() if _network(f)}
-        ordered = sorted(age, key=lambda f: age[f].zfill(12))
+        age = {f: re.split(r"_net_|-|^gen_|\.pt$", f.name) for f in folder.iterdir() if _network(f)}
+        ordered = sorted(age, key=lambda f: (age[f][0] or age[f][1]).zfill(12))
         files = {_network(f): f for f in ordered}
     if not files:
         raise CheckpointError(
             f"{path} holds no checkpoint: give a run folder, a checkpoint or a file of weights"
         )
     forward = direction in (None, trained)
-    # nothing tells which way the only generator of a foreign folder goes
-    names = ["G_A", "G"] if forward else ["G_B"] if own else ["G_B", "G"]
+    names = ["G_A", "G"] if forward else ["G_B", "G"] if both else ["G_B"]
     for name in [each + end for each in names for end in ("_ema", "")]:
         if name in files:
             return files[name]

@@ -51,7 +51,7 @@ class Output:
     format: Literal["png", "jpg", "webp", "bmp", "tif", "npy"] | None = None  # default: as the input
     depth: Literal["8", "16", "float"] | None = None  # default: as the input
     quality: int = 95  # of .jpg
-    samples: int = 1  # results of each image, NAME_000 and so on; with --dropout-at-test
+    samples: int = 1  # results of each image, NAME_000 and so on; with --dropout-at-test, or of MUNIT
     seed: int = 0  # of the samples
     tile: int | Literal["auto", "off"] = "auto"  # side in pixels of tiles; auto: where the memory demands it
     max_pixels: int = 2**27  # the most pixels of a file; beyond it a file is skipped

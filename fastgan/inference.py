@@ -106,6 +106,28 @@ class Generator:
                 f"{image.shape[1]}x{image.shape[0]} pixels need more memory than {self.device} has: {SMALLER}"
             ) from error
 
+    @torch.inference_mode()
+    def style_of(self, image: np.ndarray) -> tuple[float, ...]:
+        """The numbers of the style of an image of the target domain, (H, W, C) as in a call.
+
+        Raises:
+            UsageError: a network without styles.
+            DataError: channels that do not fit, or an image that is too small.
+        """
+        find = getattr(self.net, "style_of", None)
+        if find is None:
+            raise UsageError(f"the network of {self.name} has no styles")
+        fitting = match_channels(image, self.channels[1])
+        if fitting is None:
+            have, want = image.shape[2], self.channels[1]
+            raise DataError(f"the image of the style has {have} channels, {self.name} makes {want}")
+        limits = self.ranges[1] if image.dtype == self.dtypes[1] else type_range(image.dtype)
+        x = to_tensor(fitting[None], limits, device=self.device, output_range=self.output, clamp=True)
+        try:
+            return tuple(find(x)[0].tolist())
+        except ValueError as error:
+            raise DataError(f"the image of the style: {error}") from error
+
     def _fitting_tile(self, size: tuple[int, int]) -> int | None:
         """The tile for an image by the free memory, None for the whole image at once.
 
@@ -157,6 +179,7 @@ def load_generator(
     direction: Literal["AtoB", "BtoA"] | None = None,
     *,
     label: Sequence[float] | None = None,
+    style: Sequence[float] | np.ndarray | None = None,
     device: str = "auto",
     precision: str = "auto",
     dropout_at_test: bool = False,
@@ -167,6 +190,8 @@ def load_generator(
 
     Args:
         path, direction, label: see `fastgan.checkpoint.load_generator`.
+        style: for MUNIT alone, the numbers of a style, or an image (H, W, C) of the target domain whose style
+            is taken; without one every call draws another.
         device, precision: as in training.
         dropout_at_test: dropout stays on, as in pix2pix's paper, and every call gives another result.
         bn_stats: what batch norm normalises by: the statistics gathered in training, or those of the image.
@@ -174,7 +199,8 @@ def load_generator(
 
     Raises:
         CheckpointError: nothing there, or not a generator.
-        UsageError: a direction that was not trained, or a network without dropout or batch norm.
+        UsageError: a direction that was not trained, or a network without dropout, batch norm or styles.
+        DataError: an image that has no style here.
     """
     found = checkpoint.load_generator(path, direction, label, dropout=dropout_at_test)
     where = pick_device(device, ranks.local, ranks.local_size) if ranks else pick_device(device)
@@ -188,12 +214,22 @@ def load_generator(
         layer.train(dropout_at_test)
     for norm in norms if bn_stats == "batch" else ():
         norm.running_mean = norm.running_var = None
-    return Generator(
+    styles = int(getattr(found.net, "style_size", 0))
+    generator = Generator(
         place(found.net, where), found.channels, found.ranges, found.dtypes, found.output, where,
         pick_precision(precision, where), str(found.path),
-        pages=found.about.get("settings", {}).get("pages", "images"), random=dropout_at_test,
+        pages=found.about.get("settings", {}).get("pages", "images"),
+        random=dropout_at_test or (styles > 0 and style is None),
         batch_norm_of_others=not found.about and bool(norms),
     )  # fmt: skip
+    if style is not None:
+        if not styles:
+            raise UsageError(f"the network of {found.path} has no styles")
+        numbers = generator.style_of(style) if isinstance(style, np.ndarray) else tuple(style)
+        if len(numbers) != styles:
+            raise UsageError(f"{found.path} takes a style of {styles} numbers, got {len(numbers)}")
+        generator.net.style = torch.tensor(numbers, device=where)
+    return generator
 
 
 class Translator:
@@ -291,19 +327,25 @@ def load(
     direction: Literal["AtoB", "BtoA"] | None = None,
     *,
     label: Sequence[float] | None = None,
+    style: Sequence[float] | np.ndarray | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Translator:
     """A trained generator as a function: `fastgan.load("latest_net_G.pth")(Image.open("in.png"))`.
 
     Args:
-        path: a run or checkpoint folder, .safetensors, or .pth or .ckpt of pix2pix, CycleGAN, CUT or StarGAN.
+        path: a run or checkpoint folder, .safetensors, .pth or .ckpt of pix2pix, CycleGAN, CUT or StarGAN, or
+            MUNIT's gen_*.pt.
         direction: in terms of the data folder; default is the direction of training.
         label: one number per label, for StarGAN alone.
+        style: for MUNIT alone, the numbers of a style, or an array (H, W, C) whose style is taken; without
+            one every call draws another from torch's generator.
         device: "auto", "cuda", "cuda:1", "mps" or "cpu". precision: "auto", "bf16", "fp32" or "tf32".
 
     Raises:
         CheckpointError: nothing there, pickled objects, or not a generator.
-        UsageError: a direction, label or device that cannot be had.
+        UsageError: a direction, label, style or device that cannot be had.
     """
-    return Translator(load_generator(path, direction, label=label, device=device, precision=precision))
+    return Translator(
+        load_generator(path, direction, label=label, style=style, device=device, precision=precision)
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgan.data.dataset import Data
@@ -14,6 +15,7 @@ from fastgan.models import translate_any_size
 from fastgan.recipes.base import Nets, Recipe
 
 IMAGES = 6  # test images in a sample picture
+STYLES = 4  # of each translation, where there are styles
 COLUMNS, ROWS = 10, 6  # of images from noise
 KEY = 3  # keeps these draws apart from others
 
@@ -41,6 +43,9 @@ def _translated(recipe: Recipe, nets: Nets, data: Data, device: torch.device) ->
     columns: dict[str, Tensor] = {}
     for way in recipe.directions.values():
         net, images = recipe.translator(nets, way), show(way.source)
+        if size := int(getattr(net, "style_size", 0)):
+            columns |= {way.source: _stack(images)} | _in_styles(net, way.target, images, size)
+            continue
         fakes = [translate_any_size(net, x) for x in images]
         columns |= {way.source: _stack(images), f"{way.net}({way.source})": _stack(fakes)}
         if way.back:
@@ -48,6 +53,17 @@ def _translated(recipe: Recipe, nets: Nets, data: Data, device: torch.device) ->
             columns[f"{way.back}({way.net}({way.source}))"] = _stack(again)
     if recipe.paired:
         columns["true B"] = _stack(show("B"))
+    return columns
+
+
+def _in_styles(net: nn.Module, target: str, images: list[Tensor], size: int) -> dict[str, Tensor]:
+    """Translations in a few styles, the same ones in every grid of a run."""
+    columns = {}
+    for k, numbers in enumerate(
+        np.random.default_rng([KEY, size]).standard_normal((STYLES, size), np.float32), 1
+    ):
+        net.style = torch.from_numpy(numbers).to(images[0].device)
+        columns[f"{target} style {k}"] = _stack([translate_any_size(net, x) for x in images])
     return columns
 
 

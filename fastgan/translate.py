@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ import tyro
 from fastgan import files
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import UsageError, fail, parse
-from fastgan.data.images import DataError
+from fastgan.data.images import DataError, read_images
 from fastgan.files import Output, Report
 from fastgan.inference import Generator, load_generator
 from fastgan.parallel import LostRank, Ranks
@@ -30,6 +30,8 @@ class Arguments(Output):
     output: tyro.conf.Positional[Path]  # image or folder
     direction: Literal["AtoB", "BtoA"] | None = None  # in terms of the data folder; default: as trained
     label: tuple[float, ...] | None = None  # one number per label, for StarGAN
+    style: int | None = None  # results of each image in random styles, for MUNIT: NAME_000 and so on
+    reference: Path | None = None  # image of the target domain whose style all results get, for MUNIT
     dropout_at_test: bool = False  # dropout stays on: another result from every --seed
     bn_stats: Literal["running", "batch"] | None = None  # batch norm: statistics of training, or of the image
     device: str = "auto"  # cuda, cuda:1, mps, cpu
@@ -54,6 +56,17 @@ def translate(
     return files.translate_files(generator, mine, how, progress=show)
 
 
+def _in_styles(given: Arguments, generator: Generator, count: int) -> Arguments:
+    """`--style K` as K samples; UsageError where the network has no styles, or one is given."""
+    if given.reference is not None:
+        raise UsageError("--style draws styles, --reference gives one: leave one of them out")
+    if not hasattr(generator.net, "style_size"):
+        raise UsageError(f"--style: the network of {generator.name} has no styles")
+    if given.samples != 1:
+        raise UsageError("--style is the number of results: leave --samples out")
+    return replace(given, samples=count)
+
+
 def _together(report: Report, ranks: Ranks) -> Report:
     """The report of all ranks: each ends with the same, since torchrun ends all when one fails."""
     reports: list[Report] = ranks.collect(report)
@@ -75,10 +88,14 @@ def main(args: Sequence[str] | None = None) -> None:
         if ranks:
             # processes share the cores; each computes its own images
             torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_size))
+        reference = None if given.reference is None else read_images(given.reference)[0]
         generator = load_generator(
-            given.run, given.direction, label=given.label, device=given.device, precision=given.precision,
-            dropout_at_test=given.dropout_at_test, bn_stats=given.bn_stats or "running", ranks=ranks,
+            given.run, given.direction, label=given.label, style=reference, device=given.device,
+            precision=given.precision, dropout_at_test=given.dropout_at_test,
+            bn_stats=given.bn_stats or "running", ranks=ranks,
         )  # fmt: skip
+        if given.style is not None:
+            given = _in_styles(given, generator, given.style)
         speaks = ranks is None or ranks.first
         report = translate(generator, given.input, given.output, given, ranks)
         report = _together(report, ranks) if ranks else report

@@ -9,18 +9,20 @@ from torch.nn import functional as F
 from fastgan.models.discogan import DiscoGANDiscriminator, DiscoGANGenerator
 from fastgan.models.features import FeatureDiscriminator
 from fastgan.models.init import init_weights
+from fastgan.models.munit import MUNITGenerator
 from fastgan.models.pan import PANDiscriminator, PANGenerator
 from fastgan.models.patchgan import PatchDiscriminator
 from fastgan.models.resnet import ResnetGenerator
 from fastgan.models.stargan import StarGANGenerator
 from fastgan.models.unet import UnetGenerator
 
-GENERATORS = ("resnet", "unet", "encdec", "stargan", "discogan", "pan")
+GENERATORS = ("resnet", "unet", "encdec", "stargan", "discogan", "pan", "munit")
 __all__ = [
     "GENERATORS",
     "DiscoGANDiscriminator",
     "DiscoGANGenerator",
     "FeatureDiscriminator",
+    "MUNITGenerator",
     "PANDiscriminator",
     "PANGenerator",
     "PatchDiscriminator",
@@ -52,6 +54,8 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         return DiscoGANGenerator(**kwargs)
     if kind == "pan":
         return PANGenerator(**kwargs)
+    if kind == "munit":
+        return MUNITGenerator(**kwargs)
     if kind == "patchgan":
         return PatchDiscriminator(**kwargs)
     raise ValueError(f"build: network must be {', '.join(GENERATORS)} or patchgan, got {kind}")

@@ -13,8 +13,9 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Network and its arguments, read off the keys and shapes of a state dict.
 
     Returns:
-        "network" (resnet, unet, encdec, stargan, discogan, pan, patchgan) and the keyword arguments of its
-        class; {} where nothing fits. Dropout of a U-Net and reflect against replicate padding leave no trace.
+        "network" (resnet, unet, encdec, stargan, discogan, pan, munit, patchgan) and the keyword arguments
+        of its class; {} where nothing fits. Dropout of a U-Net and reflect against replicate padding leave no
+        trace.
     """
     conv = {k.removesuffix(".weight"): v for k, v in state.items() if k.endswith(".weight") and v.ndim == 4}
     has_batch = any(k.endswith("running_mean") for k in state)
@@ -68,6 +69,18 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
                 "levels": len(ups), "ngf": entry.shape[0],
                 "norm": "batch" if has_batch else "none" if biased else "instance", **narrow,
             }  # fmt: skip
+    content = [k for k in conv if k.startswith("a.enc_content.model.")]
+    style, mlp = (f"a.{k}" for k in ("enc_style.model.6", "mlp.model.0.fc.weight"))
+    if "b.enc_content.model.0.conv" in conv and "a.enc_content.model.0.conv" in conv and style in conv:
+        levels = sum(k.count(".") == 4 for k in content) - 1
+        return {
+            "network": "munit", "ngf": len(conv["a.enc_content.model.0.conv"]), "levels": levels,
+            **{f"channels_{k}": conv[f"{k}.enc_content.model.0.conv"].shape[1] for k in "ab"},
+            "blocks": sum(k.endswith(".model.0.conv") and k.count(".") > 4 for k in content),
+            "style_size": len(conv[style]), "mlp_size": len(state[mlp]) if mlp in state else 0,
+        }  # fmt: skip
+    if "a.cnns.0.0.conv" in conv:
+        return {"network": "discriminators of munit", "ndf": len(conv["a.cnns.0.0.conv"])}
     if "net.0" in conv or "model.0" in conv:
         head = "net" if "net.0" in conv else "model"
         fields = {("net", 3): 1, ("model", 3): 16, ("model", 4): 34, ("model", 5): 70, ("model", 6): 142,

@@ -90,6 +90,13 @@ class _Block(nn.Module):
         super().__init__()
         self.model = nn.Sequential(first, second)
 
+    @property
+    def halves(self) -> tuple[ConvBlock, ConvBlock]:
+        """Both convolutions with what belongs to them."""
+        first, second = self.model
+        assert isinstance(first, ConvBlock) and isinstance(second, ConvBlock)
+        return first, second
+
 
 class ContentBlock(_Block):
     """A residual block with instance norm."""
@@ -105,7 +112,7 @@ class ContentBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in and out."""
-        first, second = self.model
+        first, second = self.halves
         return second.norm(second.conv(second.pad(first(x))), residual=x)
 
 
@@ -118,7 +125,7 @@ class StyleBlock(_Block):
 
     def forward(self, x: Tensor, numbers: Sequence[Tensor]) -> Tensor:
         """(N, C, H, W) in and out; numbers: those of both norms, (N, 2 C) each."""
-        first, second = self.model
+        first, second = self.halves
         h = first.norm(first.conv(first.pad(x)), numbers[0])
         return second.norm(second.conv(second.pad(h)), numbers[1], residual=x)
 
@@ -196,7 +203,7 @@ class Decoder(nn.Module):
     @property
     def line(self) -> list[nn.Module]:
         """The layers behind those with a style; see `fastgan.stack`."""
-        return list(self.model[1:])
+        return list(self.model)[1:]
 
     def forward(self, content: Tensor, numbers: Tensor) -> Tensor:
         """(N, C, h, w) and (N, numbers) to (N, channels, H, W)."""
@@ -322,7 +329,7 @@ class MUNITTranslator(nn.Module):
         return self.target.decode(self.source.enc_content(x), style)
 
     def style_of(self, x: Tensor) -> Tensor:
-        """The styles (N, style_size) of images (N, C, H, W) of the target domain; ValueError below 16 pixels."""
+        """Styles (N, style_size) of images (N, C, H, W) of the target domain; ValueError below 16 pixels."""
         if min(x.shape[2:]) < LEAST:
             size = tuple(x.shape[2:])
             raise ValueError(

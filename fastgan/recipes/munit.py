@@ -14,16 +14,16 @@ nothing uses. Its perceptual loss (of one preset, weight 0 in the others) is lef
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import config as settings
 from fastgan import losses
 from fastgan.config import UsageError
 from fastgan.models import init_weights
-from fastgan.models.munit import LEAST, MUNITDiscriminator, MUNITGenerator
+from fastgan.models.munit import LEAST, MUNITDiscriminator, MUNITGenerator, MUNITTranslator
 from fastgan.recipes.base import Batch, Direction, Nets, Terms, refuse_idle
 from fastgan.stack import run_together
 
@@ -68,9 +68,10 @@ class MUNITConfig(settings.Config):
         """
         super().__post_init__()
         refuse_idle(self, "generator", "patch", "norm", "padding", "dropout")
-        for key in ("style_size", "mlp_size", "levels_d", "scales"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"{settings.flag(key)} must be at least 1, got {getattr(self, key)}")
+        least = dict.fromkeys(("style_size", "mlp_size", "levels_d", "scales"), 1)
+        for key, low in (least | {"lambda_cycle": 0, "weight_decay": 0}).items():
+            if getattr(self, key) < low:
+                raise UsageError(f"{settings.flag(key)} must be at least {low}, got {getattr(self, key)}")
         if self.gan_mode == "wgan-gp":
             raise UsageError("--gan-mode wgan-gp has a penalty for one verdict, not for several scales")
 
@@ -143,8 +144,7 @@ class MUNIT:
     def translate(self, nets: Nets, batch: Batch) -> Batch:
         """{"B": A in "style_B", "A": B in "style_A"}; with gradients also contents, own styles and the images
         decoded from these, as "content_A", "own_A", "recon_A" and so on."""
-        g, a, b = nets["G"], batch["A"], batch["B"]
-        assert isinstance(g, MUNITGenerator)
+        g, a, b = cast(MUNITGenerator, nets["G"]), batch["A"], batch["B"]
         if not torch.is_grad_enabled():
             (of_a,), (of_b,) = run_together([(g.a.enc_content, [a]), (g.b.enc_content, [b])])
             return {"B": g.b.decode(of_a, batch["style_B"]), "A": g.a.decode(of_b, batch["style_A"])}
@@ -156,15 +156,17 @@ class MUNIT:
             "recon_A": recon_a, "recon_B": recon_b,
         }  # fmt: skip
 
+    def translator(self, nets: Nets, way: Direction) -> nn.Module:
+        """The content of one domain in a style of the other."""
+        return MUNITTranslator(cast(MUNITGenerator, nets["G"]), way.source, way.target)
+
     def generator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """Verdicts, and the reconstruction of images, styles and contents (equations 1 to 5)."""
-        c, g, d = self.config, nets["G"], nets["D"]
-        assert isinstance(g, MUNITGenerator) and isinstance(d, MUNITDiscriminator)
+        c, (g, d), terms = self.config, (cast(Any, nets[k]) for k in "GD"), dict[str, Tensor]()
         # a translation into A has the content of an image of B
         (of_b, of_a), styles = g.encode(fakes["A"], fakes["B"])
-        verdicts = d.judge([fakes["A"]], [fakes["B"]])
-        terms: Terms = {}
-        for domain, (maps,), part, content, style in zip("AB", verdicts, (g.a, g.b), (of_a, of_b), styles):
+        verdicts, parts, contents = d.judge([fakes["A"]], [fakes["B"]]), (g.a, g.b), (of_a, of_b)
+        for domain, (maps,), part, content, style in zip("AB", verdicts, parts, contents, styles):
             each = [losses.generator_gan(logits, c.gan_mode) for logits in maps]
             terms |= {
                 f"G_{domain}": c.lambda_gan * torch.stack(each).sum(),
@@ -182,8 +184,7 @@ class MUNIT:
 
     def discriminator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """Both discriminators at all scales; "D" is the mean of what is summed."""
-        c, d, terms = self.config, nets["D"], dict[str, Tensor]()
-        assert isinstance(d, MUNITDiscriminator)
+        c, d, terms = self.config, cast(Any, nets["D"]), dict[str, Tensor]()
         shown = [[batch[k], fakes[k].detach().to(batch[k].dtype)] for k in ("A", "B")]
         weights = {"real_label": c.real_label, "real_weight": c.d_real_weight, "fake_weight": c.d_fake_weight}
         each: list[Tensor] = []
