@@ -47,8 +47,21 @@ class System:
             return {"inception"} | ({"drawn"} if has_classes(self.data) else set())
         back = any(way.back for way in self.ways)
         classes = self.digits or bool(class_names(self.data))
-        facts = {"pairs": self.pairs, "back": back, "digits": self.digits, "classes": classes}
+        styles = self.digits and any(self.style_size(way) for way in self.ways)
+        facts = {
+            "pairs": self.pairs,
+            "back": back,
+            "digits": self.digits,
+            "classes": classes,
+            "styles": styles,
+        }
         return {"inception", "samples", *(name for name, true in facts.items() if true)}
+
+    def style_size(self, way: Direction) -> int:
+        """Numbers in a style, 0 for a system without styles."""
+        if self.recipe:
+            return self.recipe.noise.get(f"style_{way.target}", 0)
+        return int(getattr(self.nets[way.net], "style_size", 0))
 
     def translated(self, way: Direction, x: Tensor) -> Tensor:
         """Images of any size, one way."""

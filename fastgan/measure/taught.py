@@ -20,11 +20,21 @@ TAUGHT = 2000  # images that a classifier is trained on at most
 
 
 def measure_taught(
-    system: System, tools: Tools, way: Direction, fakes: list[Tensor], found: Found, suffix: str
+    system: System,
+    tools: Tools,
+    way: Direction,
+    fakes: list[Tensor],
+    found: Found,
+    suffix: str,
+    each: int = 1,
 ) -> None:
     """TSTR, TRTS (Esteban, Hyland, Raetsch 2017): a translation has the class of its source. A classifier
     taught by translations of training images reads real test images, and one taught by real training images
-    reads translations of test images. For digits also how white their ground is."""
+    reads translations of test images. For digits also how white their ground is.
+
+    Args:
+        fakes: translations of all test images, `each` of every image in a row.
+    """
     data, digits = system.data, system.digits
     if digits and way.target != "B":
         return
@@ -47,6 +57,7 @@ def measure_taught(
         return metrics.one_batch([metrics.small(image) for image in images])
 
     shown, source, target = data.shown, way.source, way.target
+    of = [k // each for k in range(len(fakes))]
     tested, taught = some(shown, target, 10**9), some(data.train, target, TAUGHT)
     test_real, fake = real(shown, tested), metrics.one_batch(fakes)
     test_labels = labels(shown, target, tested)
@@ -57,7 +68,7 @@ def measure_taught(
             real(data.train, taught), labels(data.train, target, taught), classes=len(classes)
         )
         values["digit_accuracy_real"] = metrics.accuracy(reader, test_real, test_labels)
-        values["trts"] = metrics.accuracy(reader, fake, labels(shown, source, range(len(fake))))
+        values["trts"] = metrics.accuracy(reader, fake, labels(shown, source, of))
         values["digit_accuracy_fake"] = values["trts"]
         about |= {"taught_by_real": len(taught), "train_real_test_real": values["digit_accuracy_real"]}
     if tools.wants("tstr"):
@@ -70,7 +81,7 @@ def measure_taught(
         values["tstr"] = metrics.accuracy(reader, test_real, test_labels)
         about["taught_by_fake"] = len(taught)
     if tools.wants("background_distance"):
-        ink = torch.from_numpy(sets["test"].ink_A)[: len(fake)]
+        ink = torch.from_numpy(sets["test"].ink_A)[of]
         values["background_distance"] = metrics.background_distance(fake, ink)
     if tools.wants("tstr", "trts"):
         found.details[f"classifier{suffix}"] = about

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastgan import metrics
 from fastgan.measure.pairs import Pairs, inception
+from fastgan.measure.styles import STYLES, in_styles, style_distance
 from fastgan.measure.system import Found, System
 from fastgan.measure.taught import measure_taught
 from fastgan.measure.tools import Tools
@@ -21,11 +22,14 @@ def measure_way(system: System, tools: Tools, way: Direction, found: Found, labe
     spools = (metrics.Spool(), metrics.Spool()) if tools.inception is not None else None
     kept: list[Tensor] = []
     spread: list[float] = []
-    keep = tools.wants("tstr", "trts", "digit_accuracy_fake", "background_distance")
+    keep = tools.wants("tstr", "trts", "digit_accuracy_fake", "background_distance", "style_distance")
+    styled = system.style_size(way) > 0
     count = shown.len_A if way.source == "A" else shown.len_B
     cycle = 0.0
     for k in range(count):
         x = system.images(shown, way.source, k)
+        if styled:
+            torch.manual_seed(k)
         fake = system.translated(way, x)
         unit = system.unit(fake)
         if way.back and tools.wants("cycle_l1"):
@@ -35,7 +39,7 @@ def measure_way(system: System, tools: Tools, way: Direction, found: Found, labe
         if spools:
             spools[0].append(unit)
         if keep:
-            kept.append(metrics.small(unit))
+            kept += [metrics.small(each) for each in (in_styles(system, way, x, k) if styled else [unit])]
         if tools.wants("diversity"):
             several_fakes = _samples(system, way, x, tools.samples)
             spread.append(metrics.mean_distance(several_fakes, tools.lpips or metrics.l1))
@@ -47,7 +51,7 @@ def measure_way(system: System, tools: Tools, way: Direction, found: Found, labe
         found.details["diversity"] = {
             "samples": tools.samples, "distance": tools.about_lpips() if tools.lpips else "l1"
         }  # fmt: skip
-        if not _dropouts(system.nets[way.net]):
+        if not styled and not _dropouts(system.nets[way.net]):
             found.notes.append(
                 f"diversity{suffix} is 0: {way.net} has no dropout, so nothing in it is random"
             )
@@ -57,7 +61,10 @@ def measure_way(system: System, tools: Tools, way: Direction, found: Found, labe
             spools[1].append(system.unit(system.images(shown, way.target, k)))
         inception(spools[0], spools[1], tools, system.device, found, suffix)
     if keep:
-        measure_taught(system, tools, way, kept, found, suffix)
+        measure_taught(system, tools, way, kept, found, suffix, each=STYLES if styled else 1)
+    if styled and way.target == "B" and tools.wants("style_distance"):
+        found.values["style_distance"] = style_distance(system, torch.cat(kept))
+        found.details["style_distance"] = {"styles": STYLES, "images": count}
 
 
 def _dropouts(net: nn.Module) -> list[nn.Module]:
@@ -65,7 +72,8 @@ def _dropouts(net: nn.Module) -> list[nn.Module]:
 
 
 def _samples(system: System, way: Direction, x: Tensor, count: int) -> Tensor:
-    """Translations (count, C, H, W) in 0..1 of one image, with dropout as in training and seeded draws."""
+    """Translations (count, C, H, W) in 0..1 of one image, with dropout as in training, styles and draws by
+    seeds."""
     dropouts = _dropouts(system.nets[way.net])
     for module in dropouts:
         module.train()
