@@ -58,7 +58,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> 
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, Any]) -> None:
-    """Write one network for `read_weights`: .safetensors with a header, any other suffix as upstream's .pth.
+    """Write one network for `read_weights`: .safetensors with a header, any other suffix as upstream's .pth,
+    or MUNIT's .pt with a state dict for each domain.
 
     The file appears whole or not at all.
 
@@ -71,7 +72,12 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], about: dict[str, An
         if path.suffix == ".safetensors":
             _write(temporary, weights, about)
         else:
-            torch.save({k: v.detach().to("cpu").contiguous().clone() for k, v in weights.items()}, temporary)
+            tensors = {k: v.detach().to("cpu").contiguous().clone() for k, v in weights.items()}
+            if {k[:2] for k in tensors} == {"a.", "b."}:
+                parts = {d: {k[2:]: v for k, v in tensors.items() if k[0] == d} for d in "ab"}
+                torch.save(parts, temporary)
+            else:
+                torch.save(tensors, temporary)
             _sync(temporary)
         temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:

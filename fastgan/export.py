@@ -29,7 +29,7 @@ from fastgan.config import UsageError, fail, parse
 
 Format = Literal["upstream", "safetensors", "onnx", "torch-export", "aoti"]
 SUFFIXES = {
-    "upstream": (".pth", ".ckpt"),
+    "upstream": (".pth", ".ckpt", ".pt"),
     "safetensors": (".safetensors",),
     "onnx": (".onnx",),
     "torch-export": (".pt2",),
@@ -76,7 +76,7 @@ def export(found: Loaded, out: Path, form: Format) -> str:
     Args:
         found: of `fastgan.checkpoint.load_generator`.
         out: the file.
-        form: "upstream" (.pth), "safetensors", "onnx", "torch-export" (.pt2), or "aoti" (.pt2 of code that
+        form: "upstream" (.pth, .ckpt or .pt), "safetensors", "onnx", "torch-export" (.pt2), or "aoti" (.pt2 of code that
             AOTInductor compiled for this machine's CPU; needs a C++ compiler).
 
     Raises:
@@ -115,6 +115,16 @@ def export(found: Loaded, out: Path, form: Format) -> str:
         f"float32 (1, {found.channels[0]}, H, W) in {low:g}..{high:g} to (1, {found.channels[1]}, H, W) in "
         f"{out_low:g}..{out_high:g}; at {sizes} at most {difference:.1e} from PyTorch in [-1, 1]"
     )
+
+
+def _set_style(found: Loaded, style: Sequence[float] | None, *, needed: bool) -> None:
+    """UsageError for another number than the network has in a style; without any none is set."""
+    size, given = int(getattr(found.net, "style_size", 0)), 0 if style is None else len(style)
+    if given != size and (given or needed):
+        rule = f"a style of {size} numbers, got {given}: give --style" if size else "no --style"
+        raise UsageError(f"{found.path} takes {rule}")
+    if style is not None:
+        found.net.style = torch.tensor(style)
 
 
 def _about(found: Loaded) -> dict[str, Any]:
@@ -218,6 +228,7 @@ class Arguments:
     format: Format  # upstream, safetensors, onnx, torch-export or aoti
     direction: Literal["AtoB", "BtoA"] | None = None  # in terms of the data folder; default: as trained
     label: tuple[float, ...] | None = None  # one number per label, for StarGAN; becomes part of the function
+    style: tuple[float, ...] | None = None  # numbers of the style, for MUNIT; becomes part of the function
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -225,6 +236,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.export")
         found = load_generator(given.source, given.direction, given.label)
+        _set_style(found, given.style, needed=given.format not in ("upstream", "safetensors"))
         said = export(found, given.out, given.format)
     except (UsageError, CheckpointError) as error:
         fail(error)
