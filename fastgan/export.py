@@ -76,8 +76,8 @@ def export(found: Loaded, out: Path, form: Format) -> str:
     Args:
         found: of `fastgan.checkpoint.load_generator`.
         out: the file.
-        form: "upstream" (.pth, .ckpt or .pt), "safetensors", "onnx", "torch-export" (.pt2), or "aoti" (.pt2 of code that
-            AOTInductor compiled for this machine's CPU; needs a C++ compiler).
+        form: "upstream" (.pth, .ckpt or .pt), "safetensors", "onnx", "torch-export" (.pt2), or "aoti" (.pt2
+            of code that AOTInductor compiled for this machine's CPU; needs a C++ compiler).
 
     Raises:
         UsageError: a suffix of another format, or a package that is missing.

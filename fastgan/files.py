@@ -246,10 +246,13 @@ def _compute(generator: Generator, picture: Picture, job: Job, how: Output) -> I
     dtype = DEPTHS[how.depth] if how.depth else None
     job.goal.parent.mkdir(parents=True, exist_ok=True)
     for k, goal in enumerate(_samples(job.goal, how)):
-        if generator.random:
-            # of the name, not of the order: the same in every process and after every stop
-            torch.manual_seed(zlib.crc32(f"{how.seed}/{job.name}/{k}".encode()))
-        found = [generator(x, tile=tile, folder=job.goal.parent, dtype=dtype) for x in images]
+        found = []
+        for x in images:
+            if generator.random:
+                # of the name, not of the order: the same in every process and after every stop, and for all
+                # pages, so that they get one style
+                torch.manual_seed(zlib.crc32(f"{how.seed}/{job.name}/{k}".encode()))
+            found.append(generator(x, tile=tile, folder=job.goal.parent, dtype=dtype))
         alphas = [None if a is None else _as(a, y.dtype) for a, y in zip(picture.alphas, found)]
         same = found[0].shape[2] == images[0].shape[2]
         if joined:

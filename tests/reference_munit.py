@@ -18,6 +18,11 @@ from tests.reference_features import DecayingAdam
 from tests.reference_systems import Batch, adversarial_discriminator, adversarial_generator
 
 
+def relu(x: Tensor) -> Tensor:
+    """With no slope at 0, where a style encounters no active unit while the biases are 0."""
+    return x * (x > 0)
+
+
 class Conv(nn.Module):
     """Reflection, convolution, one of four norms, one of four activations."""
 
@@ -34,8 +39,12 @@ class Conv(nn.Module):
         self.conv = nn.Conv2d(into, out, k, stride)
 
     def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        y = self.conv(F.pad(x, (self.width,) * 4, mode="reflect"))
-        if self.kind in ("in", "adain"):
+        idle = self.kind in ("in", "adain")
+        # the mean takes such a bias out again; what rounding leaves of it Adam would enlarge
+        bias = 0 * self.conv.bias if idle else self.conv.bias
+        x = F.pad(x, (self.width,) * 4, mode="reflect")
+        y = F.conv2d(x, self.conv.weight, bias, self.conv.stride)
+        if idle:
             mean = y.mean((2, 3), keepdim=True)
             y = (y - mean) / ((y - mean) ** 2).mean((2, 3), keepdim=True).add(1e-5).sqrt()
         if self.kind == "adain":
@@ -49,7 +58,7 @@ class Conv(nn.Module):
                 rows.append(centred / ((centred**2).sum() / (count - 1)).sqrt().add(1e-5))
             y = torch.stack(rows) * self.norm.gamma[:, None, None] + self.norm.beta[:, None, None]
         if self.act == "relu":
-            return y.clamp(min=0)
+            return relu(y)
         if self.act == "lrelu":
             return torch.where(y > 0, y, 0.2 * y)
         return {"none": lambda z: z, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[self.act](y)
@@ -105,7 +114,7 @@ class ReferenceAutoencoder(nn.Module):
 
     def decode(self, content: Tensor, style: Tensor) -> Tensor:
         one, two, three = (layer.fc for layer in self.mlp.model)
-        numbers = three(two(one(style).clamp(min=0)).clamp(min=0))
+        numbers = three(relu(two(relu(one(style)))))
         blocks, *rest = self.dec.model
         wide, at, x = content.shape[1], 0, content
         for each in blocks.model:
@@ -178,7 +187,9 @@ class ReferenceMUNIT:
         weights = {"label": c.real_label, "w_real": c.d_real_weight, "w_fake": c.d_fake_weight}
         for name, judge, fake in zip("AB", (self.nets["D"].a, self.nets["D"].b), self.fakes(batch)):
             on_real, on_fake = judge(batch[name]), judge(fake.detach())
-            losses += [adversarial_discriminator(c.gan_mode, r, f, **weights) for r, f in zip(on_real, on_fake)]
+            losses += [
+                adversarial_discriminator(c.gan_mode, r, f, **weights) for r, f in zip(on_real, on_fake)
+            ]
             terms[f"D_{name}_real"] = sum(r.mean() for r in on_real) / c.scales
             terms[f"D_{name}_fake"] = sum(f.mean() for f in on_fake) / c.scales
         loss = sum(losses, torch.zeros(()))
@@ -218,4 +229,4 @@ class ReferenceMUNIT:
                     mean.copy_(c.ema * mean + (1 - c.ema) * p)
         if c.weight_decay:
             mine["decay"] = c.weight_decay / 2 * squares
-        return {name: float(value) for name, value in (terms | mine).items()}
+        return {name: float(torch.as_tensor(value).detach()) for name, value in (terms | mine).items()}
