@@ -23,6 +23,8 @@ def measure_way(system: System, tools: Tools, way: Direction, found: Found, labe
     kept: list[Tensor] = []
     spread: list[float] = []
     keep = tools.wants("tstr", "trts", "digit_accuracy_fake", "background_distance", "style_distance")
+    # of the digits only translations to B are read
+    keep = keep and not (system.digits and way.target != "B")
     styled = system.style_size(way) > 0
     count = shown.len_A if way.source == "A" else shown.len_B
     cycle = 0.0
@@ -62,7 +64,7 @@ def measure_way(system: System, tools: Tools, way: Direction, found: Found, labe
         inception(spools[0], spools[1], tools, system.device, found, suffix)
     if keep:
         measure_taught(system, tools, way, kept, found, suffix, each=STYLES if styled else 1)
-    if styled and way.target == "B" and tools.wants("style_distance"):
+    if styled and keep and tools.wants("style_distance"):
         found.values["style_distance"] = style_distance(system, torch.cat(kept))
         found.details["style_distance"] = {"styles": STYLES, "images": count}
 
