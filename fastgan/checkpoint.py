@@ -410,7 +410,7 @@ def _file_in(path: Path, direction: str | None) -> Path:
     folder = whole[-1] if whole else path
     if (folder / "state.safetensors").is_file():
         about = header(folder / "state.safetensors")
-        trained, both = about["settings"]["direction"], about["recipe"] == "munit"
+        trained, both = about["settings"]["direction"], about.get("recipe") == "munit"
         files = {f.stem: f for f in folder.glob("G*.safetensors")}
     else:
         # nothing tells which way the only generator of a foreign folder goes

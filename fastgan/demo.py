@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import html
+import itertools
 import os
 import shutil
 import signal
@@ -116,6 +117,7 @@ class Desk:
         self.given, self.folder = given, folder.resolve()
         self.directions, self.labels = choices(given.run)
         self.generator = functools.cache(self._load)
+        self._seeds = itertools.count()
         net = self.generator(next(iter(self.directions), None)).net
         try:
             self.tiles = bool(tiling.stages(net))
@@ -153,7 +155,8 @@ class Desk:
         tile: side in pixels, 0 for "auto"."""
         source, found = self.look(path, direction)
         generator = self.generator(direction)
-        how = Output(tile=int(tile) or "auto", max_pixels=self.given.max_pixels)
+        seed = next(self._seeds)
+        how = Output(tile=int(tile) or "auto", max_pixels=self.given.max_pixels, seed=seed)
         check(generator, how)
         if self.labels:
             generator.net.label = torch.zeros(self.labels, device=generator.device)
@@ -165,6 +168,8 @@ class Desk:
         before, after = (self._shown(f, direction, found.dtype, k) for k, f in enumerate((source, files[0])))
         way = f" {direction[0]} to {direction[-1]}" if direction else ""
         lines = [_about(found), f"Translated{way} in {seconds:.1f} s", *sorted(notes)]
+        if generator.random:
+            lines.append("In a random style; another translation draws another")
         if max(found.height, found.width) > PREVIEW:
             lines.append(f"Shown reduced to {PREVIEW} pixels; the result has all of them")
         return (before, after), files, ". ".join(lines) + "."

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fastgan
-from fastgan import checkpoint, evaluate, export, stack, train, translate
+from fastgan import checkpoint, demo, evaluate, export, stack, train, translate
 from fastgan.checkpoint import CheckpointError, load_generator
 from fastgan.config import UsageError
 from fastgan.data.digits import make_digits
@@ -442,6 +442,14 @@ def test_an_exported_function_has_its_style(
     y = function(torch.from_numpy(x).permute(2, 0, 1)[None].float())[0].permute(1, 2, 0)
     mine = fastgan.load(run, style=style, device="cpu", precision="fp32")(x)
     assert np.abs(y.numpy() - mine).max() <= 0.51
+
+
+def test_every_translation_of_the_demo_draws_a_style(run: Path) -> None:
+    folder = run.parent / "in"
+    desk = demo.Desk(demo.Arguments(run, device="cpu"), folder)
+    assert desk.directions == ("AtoB", "BtoA") and not desk.tiles
+    first, second = (desk.translate(str(folder / "one.png"), "BtoA", [], 0) for _ in range(2))
+    assert first[1][0].read_bytes() != second[1][0].read_bytes() and "random style" in first[2]
 
 
 # measures
