@@ -98,9 +98,9 @@ class MUNIT:
         "summer2winter": {"lambda_cycle": 10.0},
         "digits": {
             "ngf": 16, "ndf": 16, "blocks": 2, "levels_d": 3, "scales": 2, "lr": 1e-3, "batch_size": 16,
-            "steps": None, "epochs": 10, "epochs_decay": 10, "lr_policy": "linear",
+            "steps": None, "epochs": 4, "epochs_decay": 4, "lr_policy": "linear",
             "preprocess": "resize_and_crop", "load_size": 32, "crop_size": 32, "flip": False,
-            "log_every": 25, "sample_every": 200, "save_every": 200,
+            "log_every": 25, "sample_every": 100, "save_every": 100,
         },
     }  # fmt: skip
 
