@@ -85,6 +85,22 @@ def test_initial_weights() -> None:
 
 # the system
 
+
+def test_settings_are_those_of_the_public_code() -> None:
+    c = MUNITConfig()
+    assert (c.lambda_gan, c.lambda_recon, c.lambda_style, c.lambda_content, c.lambda_cycle) == (
+        1,
+        10,
+        1,
+        1,
+        0,
+    )
+    assert (c.lr, c.beta1, c.beta2, c.weight_decay, c.batch_size) == (1e-4, 0.5, 0.999, 1e-4, 1)
+    assert (c.gan_mode, c.d_real_weight, c.d_fake_weight, c.n_critic) == ("lsgan", 1, 1, 1)
+    assert (c.preprocess, c.load_size, c.crop_size, c.flip) == ("scale_shortside_and_crop", 256, 256, True)
+    assert (c.style_size, c.ngf, c.ndf, c.blocks, c.levels, c.scales, c.levels_d) == (8, 64, 64, 4, 2, 3, 4)
+
+
 SMALL: dict[str, Any] = {
     "ngf": 2, "ndf": 2, "blocks": 1, "scales": 2, "levels_d": 3, "style_size": 3, "mlp_size": 5,
     "load_size": 32, "crop_size": 32, "batch_size": 2, "init_gain": 0.3, "lr": 0.003,

@@ -19,25 +19,12 @@ from fastgan_kernels import instance_norm_act
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastgan.layers import Conv2d, InstanceNorm2d, ReflectionPad2d
+from fastgan.layers import ChannelLayerNorm, Conv2d, InstanceNorm2d, ReflectionPad2d
 from fastgan.models.resnet import output_layer
 from fastgan.stack import run_line, run_together
 
 STYLE_LEVELS = 4  # halvings of the style encoder
 LEAST = 2**STYLE_LEVELS  # pixels of a side that it takes
-
-
-class ChannelLayerNorm(nn.Module):
-    def __init__(self, channels: int, eps: float = 1e-5, act: str = "none") -> None:
-        super().__init__()
-        self.gamma, self.beta = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.eps, self.act = eps, act
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((1, 2, 3), keepdim=True)
-        std = x.flatten(1).std(1).view(-1, 1, 1, 1)
-        y = (x - mean) / (std + self.eps) * self.gamma.view(1, -1, 1, 1) + self.beta.view(1, -1, 1, 1)
-        return F.relu(y) if self.act == "relu" else y
 
 
 class AdaIN(nn.Module):
@@ -195,7 +182,6 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = [_StyleBlocks(wide, blocks)]
         for _ in range(levels):
             norm = ChannelLayerNorm(wide // 2, act="relu")
-            nn.init.uniform_(norm.gamma)
             layers += [nn.Upsample(scale_factor=2), ConvBlock(wide, wide // 2, 5, norm=norm)]
             wide //= 2
         self.model = nn.Sequential(*layers, ConvBlock(width, channels, 7, act=output_layer(output)))
