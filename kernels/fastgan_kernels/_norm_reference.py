@@ -73,7 +73,8 @@ def deviation(centred: Tensor) -> Tensor:
     count = math.prod(centred.shape[1:])
     # a norm: unlike a root it has a gradient, of 0, where all values are equal
     norm = torch.linalg.vector_norm(centred, dim=tuple(range(1, centred.dim())), keepdim=True)
-    return norm / math.sqrt(max(1, count - 1))
+    # not by max and math.sqrt, which would bind an exported function to one size
+    return norm / torch.sym_max(1, count - 1) ** 0.5
 
 
 def per_plane(parameter: Tensor, x: Tensor) -> Tensor:
