@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,13 @@ from fastgan_kernels._op import INTERPRET
 
 # in the interpreter the kernels themselves run on the CPU: test_interpreter.py starts these tests there
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() and not INTERPRET else ["cpu"]
+
+if INTERPRET:
+    from triton.runtime.interpreter import interpreter_builder
+
+    # two fifths of the interpreter's time: whether a sum or product of int32 overflows, which it then tells
+    # nobody, as its option `debug` is off
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(params=DEVICES)
