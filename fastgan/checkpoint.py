@@ -331,6 +331,7 @@ def load_generator(
     # what leaves no trace in the weights comes from the header
     kept = {"resnet": ("output", "padding"), "stargan": ()}
     kept |= dict.fromkeys(("discogan", "pan", "munit"), ("output",))
+    kept |= {"srresnet": ("add_bicubic",), "srcnn": ("output", "scale")}
     extra = kept.get(found["network"], ("output", "dropout"))
     if dropout and "dropout" in extra:
         found["dropout"] = True
@@ -350,10 +351,11 @@ def load_generator(
         ends = (0, 1) if forward else (1, 0)
         net = MUNITTranslator(net, "AB"[ends[0]], "AB"[ends[1]])
         channels = tuple(found[f"channels_{'ab'[k]}"] for k in ends)
-    elif labels:
-        channels = found["channels"], found["channels"]
-    else:
+    elif "in_channels" in found:
         channels = found["in_channels"], found["out_channels"]
+    else:
+        # one domain; SRCNN takes any number of channels
+        channels = (found.get("channels", about.get("channels", (3,))[0]),) * 2
     ranges = [(float(low), float(high)) for low, high in about.get("ranges", [(0, 255)] * 2)]
     dtypes = [np.dtype(d) for d in about.get("dtypes", ["uint8", "uint8"])]
     return Loaded(

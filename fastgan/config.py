@@ -20,6 +20,8 @@ FREE_ON_RESUME = {
     *("epochs", "epochs_decay", "steps"),
     *("log_every", "sample_every", "save_every", "keep", "tensorboard"),
     *("evaluate_every", "keep_best", "measures", "weights", "palette"),
+    # files that may have been moved
+    *("vgg", "start"),
 }
 AT_LEAST_ONE = (
     *("load_size", "crop_size", "ngf", "ndf", "n_critic", "n_gen", "batch_size", "accumulate"),

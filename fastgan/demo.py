@@ -120,7 +120,8 @@ class Desk:
         self._seeds = itertools.count()
         net = self.generator(next(iter(self.directions), None)).net
         try:
-            self.tiles = bool(tiling.stages(net))
+            tiling.check_network(net)
+            self.tiles = True
         except UsageError:
             self.tiles = False
 
@@ -166,6 +167,9 @@ class Desk:
         files, notes = translate_upload(generator, source, target, found.dtype, how)
         seconds = time.perf_counter() - start
         before, after = (self._shown(f, direction, found.dtype, k) for k, f in enumerate((source, files[0])))
+        if generator.scale > 1:
+            # the slider lays one over the other
+            before = before.resize(after.size, Image.Resampling.BICUBIC)
         way = f" {direction[0]} to {direction[-1]}" if direction else ""
         lines = [_about(found), f"Translated{way} in {seconds:.1f} s", *sorted(notes)]
         if generator.random:

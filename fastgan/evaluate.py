@@ -76,6 +76,8 @@ def _of_file(given: Arguments, path: Path, device: torch.device) -> Iterator[tup
     loaded = checkpoint.load_generator(path, given.direction)
     if given.data is None:
         raise UsageError(f"{path} does not say on which images: give --data FOLDER")
+    if getattr(loaded.net, "scale", 1) > 1:
+        raise UsageError(f"{path} enlarges images: give its run or checkpoint folder")
     about, name = loaded.about, loaded.about.get("network", "")
     direction = given.direction or about.get("settings", {}).get("direction", "AtoB")
     if not given.direction and name.startswith("G_B"):

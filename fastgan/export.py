@@ -41,8 +41,8 @@ LIMIT = 1e-4  # largest difference from PyTorch, for images in [-1, 1]
 class Whole(nn.Module):
     """A generator with its value ranges, for images of any size.
 
-    net: with a `multiple`. ranges: values of black and white of the input and the output. output: "tanh" or
-    "sigmoid".
+    net: with a `multiple`, or a `scale`, or neither. ranges: values of black and white of the input and the
+    output. output: "tanh" or "sigmoid".
     """
 
     def __init__(
@@ -50,17 +50,18 @@ class Whole(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.ranges, self.output = net, ranges, output
-        self.multiple = int(net.multiple)  # type: ignore[arg-type]
+        self.multiple, self.scale = int(getattr(net, "multiple", 1)), int(getattr(net, "scale", 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """(N, C, H, W) float32 in the range of the input to the same size in the range of the output."""
+        """(N, C, H, W) in the input's range to (N, C, scale H, scale W) in the output's, float32."""
         (low, high), (out_low, out_high) = self.ranges
         x = ((image - low) / (high - low)).clamp(0, 1)
         x = 2 * x - 1 if self.output == "tanh" else x
         height, width = image.shape[2:]
         # by index and not by F.pad and slices, which ask about sizes that the graph leaves open
         x = x[:, :, self._places(height)][:, :, :, self._places(width)]
-        y = self.net(x)[:, :, torch.arange(height)][:, :, :, torch.arange(width)]
+        rows, columns = (torch.arange(self.scale * side) for side in (height, width))
+        y = self.net(x)[:, :, rows][:, :, :, columns]
         y = (y + 1) / 2 if self.output == "tanh" else y
         return y.clamp(0, 1) * (out_high - out_low) + out_low
 
@@ -192,13 +193,19 @@ def _onnx(whole: Whole, found: Loaded, path: Path) -> Callable[[Tensor], Tensor]
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"--format onnx needs {error.name}: run `pip install fastgan[onnx]`") from None
-    program = torch.onnx.export(
-        _program(whole, found),
-        input_names=["image"],
-        output_names=["translation"],
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            _program(whole, found),
+            input_names=["image"],
+            output_names=["translation"],
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        net = type(whole.net).__name__
+        raise UsageError(
+            f"--format onnx: PyTorch's exporter does not know all that a {net} does; take torch-export"
+        ) from error
     assert program is not None
     about = {"source": found.path.name, "channels": found.channels, "ranges": found.ranges}
     program.model.metadata_props["fastgan"] = json.dumps(about)

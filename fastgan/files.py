@@ -36,7 +36,7 @@ from fastgan.data.images import (
     type_range,
     write_stack,
 )
-from fastgan.inference import Generator
+from fastgan.inference import Generator, enlarged
 
 DEPTHS = {"8": np.uint8, "16": np.uint16, "float": np.float32}
 # files that are read ahead of the computation, and results that may wait to be written
@@ -253,7 +253,10 @@ def _compute(generator: Generator, picture: Picture, job: Job, how: Output) -> I
                 # pages, so that they get one style
                 torch.manual_seed(zlib.crc32(f"{how.seed}/{job.name}/{k}".encode()))
             found.append(generator(x, tile=tile, folder=job.goal.parent, dtype=dtype))
-        alphas = [None if a is None else _as(a, y.dtype) for a, y in zip(picture.alphas, found)]
+        alphas = [
+            None if a is None else _as(enlarged(a, generator.scale), y.dtype)
+            for a, y in zip(picture.alphas, found)
+        ]
         same = found[0].shape[2] == images[0].shape[2]
         if joined:
             found = [np.ascontiguousarray(plane) for plane in np.split(found[0], found[0].shape[2], axis=2)]
@@ -285,7 +288,7 @@ def check(generator: Generator, how: Output) -> None:
     """UsageError where the settings cannot be had from the generator."""
     if isinstance(how.tile, int):
         tiling.check_tile(how.tile, int(getattr(generator.net, "multiple", 1)))
-        tiling.stages(generator.net)
+        tiling.check_network(generator.net)
     if how.samples < 1 or not 1 <= how.quality <= 100 or how.max_pixels < 1:
         raise UsageError("--samples and --max-pixels must be at least 1, --quality 1 to 100")
     if how.samples > 1 and not generator.random:

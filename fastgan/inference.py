@@ -18,11 +18,12 @@ from fastgan import checkpoint, tiling
 from fastgan.config import UsageError
 from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_tensor
 from fastgan.data.colour import cmyk_to_srgb, to_srgb
-from fastgan.data.images import DataError, Pages, type_range
+from fastgan.data.images import DataError, Pages, from_unit, to_unit, type_range
 from fastgan.device import pick_device, pick_precision
 from fastgan.layers import place
 from fastgan.memory import GB, free_bytes, translation_bytes
 from fastgan.models import missing_pixels, translate_any_size
+from fastgan.models.srgan import enlarge
 from fastgan.parallel import Ranks
 
 SMALLER = "give a smaller image, or --tile for a network that can run in tiles"
@@ -51,6 +52,11 @@ class Generator:
     random: bool = False
     batch_norm_of_others: bool = False
 
+    @property
+    def scale(self) -> int:
+        """How many times as long the sides of a result are."""
+        return int(getattr(self.net, "scale", 1))
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -71,8 +77,9 @@ class Generator:
             dtype: of the result, at the full range of the type: uint8, uint16 or float32 (0..1).
 
         Returns:
-            (H, W, C of the output domain). An image of the type it was trained on gives the type and values
-            of the output domain; any other type is taken at its full range and returned as it came.
+            (H, W, C of the output domain); a network with a `scale` makes it that many times as large. An
+            image of the type it was trained on gives the type and values of the output domain; any other type
+            is taken at its full range and returned as it came.
 
         Raises:
             DataError: channels that do not fit, or too little memory, or a disk that is too small for the
@@ -135,6 +142,8 @@ class Generator:
             DataError: the network cannot run in tiles, and the image is too large for it.
         """
         free = free_bytes(self.device)
+        if hasattr(self.net, "reach"):
+            return self._local_tile(size, free)
         tile = tiling.pick_tile(self.net, size, free)
         # below that no machine is too small; a GPU says itself that it is full, a system just ends a process
         if tile is None and free is not None and size[0] * size[1] > 2**21 and self.device.type == "cpu":
@@ -145,6 +154,22 @@ class Generator:
                     f"{free / GB:.1f} GB are free: {SMALLER}"
                 )
         return tile
+
+    def _local_tile(self, size: tuple[int, int], free: int | None) -> int | None:
+        """As `_fitting_tile`, of a network whose tiles need no files."""
+        try:
+            reach = tiling.local_reach(self.net)
+        except UsageError:
+            reach = None
+        if reach is None or free is None:
+            return None
+        sample = 64
+        each = translation_bytes(self.net, (self.channels[0], sample, sample), self.autocast) / sample**2
+        # the other half is left to the images and to other programs
+        most = free / 2 / each
+        if size[0] * size[1] <= most:
+            return None
+        return next((side for side in (1024, 512, 256, 128) if (side + 2 * reach) ** 2 <= most), 64)
 
     def _in_tiles(
         self,
@@ -158,7 +183,7 @@ class Generator:
         h, w = image.shape[:2]
         bottom, right, mode = missing_pixels(self.net, h, w)
         padded = np.pad(image, ((0, bottom), (0, right), (0, 0)), "reflect" if mode == "reflect" else "edge")
-        out = np.empty((h, w, self.channels[1]), dtype_out)
+        out = np.empty((h * self.scale, w * self.scale, self.channels[1]), dtype_out)
 
         def read(box: tiling.Box) -> torch.Tensor:
             part = padded[None, box.top : box.bottom, box.left : box.right]
@@ -172,6 +197,14 @@ class Generator:
         show = sys.stderr.isatty()
         tiling.run_tiles(self.net, read, write, padded.shape[:2], tile, folder=folder, progress=show)
         return out
+
+
+def enlarged(plane: np.ndarray, scale: int) -> np.ndarray:
+    """(H, W, 1), such as alpha, bicubically enlarged in its type; as it is where the scale is 1."""
+    if scale == 1:
+        return plane
+    x = torch.from_numpy(to_unit(plane, type_range(plane.dtype))).movedim(-1, 0)[None]
+    return from_unit(enlarge(x, scale)[0].clamp(0, 1).movedim(0, -1).numpy(), plane.dtype)
 
 
 def load_generator(
@@ -252,8 +285,9 @@ class Translator:
                 in 0..255, 0..65535, or 0..1 for floating, of tensors too.
 
         Returns:
-            The same kind and size; the type is that of the output domain where the image has that of the
-            input domain, else its own. Computed without gradients, tensors by way of host memory.
+            The same kind, and size unless the network enlarges; the type is that of the output domain where
+            the image has that of the input domain, else its own. Computed without gradients, tensors by way
+            of host memory.
 
         Raises:
             DataError: another shape, type or number of channels, or what the kind of image cannot hold.
@@ -315,8 +349,10 @@ class Translator:
             )
         result = Image.fromarray(y[..., 0] if y.shape[-1] == 1 else y)
         if alpha is not None:
+            if alpha.size != result.size:
+                alpha = alpha.resize(result.size, Image.Resampling.BICUBIC)
             result.putalpha(alpha)
-        if profile is not None and y.shape == x.shape:
+        if profile is not None and y.shape[2] == x.shape[2]:
             # Pillow writes it into the files that can hold one
             result.info["icc_profile"] = profile
         return result

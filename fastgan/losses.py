@@ -112,6 +112,19 @@ def mse(x: Tensor, y: Tensor) -> Tensor:
     return (_full(x) - _full(y)).square().mean()
 
 
+def gram(x: Tensor) -> Tensor:
+    """Gram matrices (N, C, C) of features (N, C, H, W): the mean over all places of the products of any two
+    channels (Gatys et al. 2016, equation 3, over the number of places, so that sizes can be compared)."""
+    rows = _full(x).flatten(2)
+    return rows @ rows.transpose(1, 2) / rows.shape[2]
+
+
+def roughness(x: Tensor) -> Tensor:
+    """Mean squared difference of neighbours, beside and below, of images (N, C, H, W)."""
+    x = _full(x)
+    return mse(x[..., 1:], x[..., :-1]) + mse(x[..., 1:, :], x[..., :-1, :])
+
+
 def feature_matching(
     real: Sequence[Tensor],
     fake: Sequence[Tensor],

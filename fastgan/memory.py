@@ -80,7 +80,11 @@ def estimate(
         gpu: as on a GPU, with the fused kernels; False: as on a CPU.
     """
     config = recipe.config
-    count = config.batches
+    count, remembered = config.batches, 0
+    if config.optimizer == "lbfgs":
+        # it decides by numbers, which tensors without data do not have: Adam stands for all but its memory
+        recipe, remembered = copy.copy(recipe), 2 * config.history
+        vars(recipe)["config"] = dataclasses.replace(config, optimizer="adam")
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     fake.runs_kernels = gpu  # type: ignore[attr-defined]
     with fake, _Live() as live:
@@ -95,7 +99,8 @@ def estimate(
         step(batches, 0)
         live.peak = live.now
         step(batches, 1)
-        peak, held = live.peak, live.now
+        extra = remembered * sum(p.nbytes for net in step.nets.values() for p in net.parameters())
+        peak, held = live.peak + extra, live.now + extra
         stored = [v.element_size() for k, v in step.state().items() if k.startswith("pool.")]
     data = sum(x.nbytes for batch in batches for x in batch.values())
     # both domains have a pool of their own, or one of pairs; it has its full size from the first step on

@@ -1,4 +1,4 @@
-"""Adam as one launch, with half-precision copies of the weights for the forward pass.
+"""Adam as one launch, with half-precision copies of the weights for the forward pass; L-BFGS step by step.
 
 The copies serve mixed precision: the update writes them in the pass that writes the weights, so the next
 forward pass reads 2 bytes per weight and casts nothing, and gradients arrive in the precision of the copies:
@@ -180,3 +180,66 @@ class Adam(torch.optim.Adam):
             params, grads, exp_avgs, exp_avg_sqs, steps, lr,
             betas=group["betas"], eps=group["eps"], copies=copies,
         )  # fmt: skip
+
+
+class LBFGS(torch.optim.LBFGS):
+    """torch.optim.LBFGS without a line search, one iteration a step, from the gradients that are there: the
+    same updates as its own loop over `max_iter`.
+
+    It never stops by itself, and its state_dict holds tensors alone: the differences of the last gradients
+    and of the last steps as one tensor each, (steps, values).
+
+    Args:
+        params: parameters in one group.
+        lr: length of a step.
+        history_size: steps that are remembered; each takes twice the memory of the parameters.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float = 1.0, *, history_size: int = 20) -> None:
+        super().__init__(
+            params, lr=lr, max_iter=1, tolerance_grad=0.0, tolerance_change=0.0, history_size=history_size
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters by their gradients."""
+        # the loss would only be returned
+        return super().step(closure or (lambda: 0.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with tensors for lists and numbers."""
+        found = super().state_dict()
+        found["state"] = {k: _as_tensors(entry) for k, entry in found["state"].items()}
+        return found
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for entry in state_dict["state"].values():
+            first = self._params[0]
+            self.state[first] = _from_tensors({key: value.to(first.device) for key, value in entry.items()})
+
+
+# of torch's state: what is a number, a list of tensors, a tensor
+COUNTS, LISTS, TENSORS = ("n_iter", "func_evals"), ("old_dirs", "old_stps", "ro"), ("d", "prev_flat_grad")
+
+
+def _as_tensors(entry: dict[str, Any]) -> dict[str, Tensor]:
+    out = {key: torch.tensor(entry[key]) for key in COUNTS}
+    if "d" in entry:
+        # a number keeps all its digits
+        out |= {key: torch.as_tensor(entry[key], dtype=torch.float64) for key in ("t", "H_diag")}
+        out |= {key: entry[key] for key in TENSORS}
+        out |= {key: torch.stack(entry[key]) for key in LISTS if entry[key]}
+    return out
+
+
+def _from_tensors(entry: dict[str, Tensor]) -> dict[str, Any]:
+    out: dict[str, Any] = {key: int(entry[key]) for key in COUNTS}
+    if "d" in entry:
+        out |= {key: entry[key].to(entry["d"].dtype) for key in ("t", "H_diag")}
+        out |= {key: entry[key] for key in TENSORS}
+        # each in memory of its own, as it was: sums over it are taken in the same order
+        out |= {key: [row.clone() for row in entry[key]] if key in entry else [] for key in LISTS}
+        out["prev_loss"] = 0.0
+    return out

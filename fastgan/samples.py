@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastgan.data.augment import OutputRange, from_tensor
 from fastgan.data.dataset import Data
+from fastgan.data.images import write_image
 from fastgan.generative import draw
 from fastgan.models import translate_any_size
+from fastgan.models.srgan import enlarge, reduce
+from fastgan.models.style import Picture
 from fastgan.recipes.base import Nets, Recipe
 
 IMAGES = 6  # test images in a sample picture
 STYLES = 4  # of each translation, where there are styles
+CENTRE = 128  # pixels of a side that are shown of an enlarged image
 COLUMNS, ROWS = 10, 6  # of images from noise
 KEY = 3  # keeps these draws apart from others
 
@@ -46,7 +52,12 @@ def _translated(recipe: Recipe, nets: Nets, data: Data, device: torch.device) ->
         if size := int(getattr(net, "style_size", 0)):
             columns |= {way.source: _stack(images)} | _in_styles(net, way.target, images, size)
             continue
+        if (scale := int(getattr(net, "scale", 1))) > 1:
+            columns |= _enlarged(net, images, scale)
+            continue
         fakes = [translate_any_size(net, x) for x in images]
+        if isinstance(net, Picture):
+            return {"content": _stack(images), "style": _stack(show("B")), "picture": _stack(fakes)}
         columns |= {way.source: _stack(images), f"{way.net}({way.source})": _stack(fakes)}
         if way.back:
             again = [translate_any_size(nets[way.back], x) for x in fakes]
@@ -65,6 +76,35 @@ def _in_styles(net: nn.Module, target: str, images: list[Tensor], size: int) -> 
         net.style = torch.from_numpy(numbers).to(images[0].device)
         columns[f"{target} style {k}"] = _stack([translate_any_size(net, x) for x in images])
     return columns
+
+
+@torch.no_grad()
+def save_picture(run: Path, nets: Nets, data: Data, output: OutputRange) -> None:
+    """Write the picture of a run that is one: `picture.png`, as deep as its content; of float .tif."""
+    net = nets.get("G")
+    if isinstance(net, Picture):
+        dtype = data.dtypes[0]
+        image = from_tensor(net.image[None], data.ranges[0], dtype, output_range=output)[0]
+        write_image(run / ("picture.tif" if dtype.kind == "f" else "picture.png"), image)
+
+
+def _enlarged(net: nn.Module, images: list[Tensor], scale: int) -> dict[str, Tensor]:
+    """The small image made of a large one, pixel by pixel, bicubic and by the network; the large one."""
+    images = [x[..., _middle(x.shape[2], scale), _middle(x.shape[3], scale)] for x in images]
+    small = [reduce(x, scale) for x in images]
+    return {
+        f"A / {scale}": _stack([F.interpolate(x, scale_factor=scale) for x in small]),
+        "bicubic": _stack([enlarge(x, scale) for x in small]),
+        f"G(A / {scale})": _stack([translate_any_size(net, x) for x in small]),
+        "A": _stack(images),
+    }
+
+
+def _middle(side: int, scale: int) -> slice:
+    """What is shown of a side of a large image: of more the differences would not be seen."""
+    shown = min(side, CENTRE) // scale * scale
+    start = (side - shown) // 2
+    return slice(start, start + shown)
 
 
 def _stack(images: list[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastgan.data.pool import ImagePool
 from fastgan.graph import Between, Recorder, Recording, Report, record, run
 from fastgan.layers import frozen, place
-from fastgan.optim import Adam
+from fastgan.optim import LBFGS, Adam
 from fastgan.recipes.base import Batch, Nets, Recipe, Terms
 from fastgan.stack import KeptStatistics, set_memory
 
@@ -125,6 +125,8 @@ class Step:
             self.note = (
                 "no CUDA graph: the images have unequal sizes; --preprocess with a crop makes them equal"
             )
+        elif self.config.optimizer == "lbfgs":
+            self.note = "no CUDA graph: L-BFGS decides by numbers"
         elif self.ranks is not None and self.config.norm == "batch":
             self.note = "no CUDA graph: batch norm over several GPUs waits for the others within a network"
         else:
@@ -141,6 +143,8 @@ class Step:
         recorded = self._recorder is not None
         # a number would be part of the recording
         lr = torch.tensor(self.base_lr[group], device=self.device) if recorded else self.base_lr[group]
+        if self.config.optimizer == "lbfgs":
+            return LBFGS(params, lr=self.base_lr[group], history_size=self.config.history)
         if self.config.optimizer == "rmsprop":
             return torch.optim.RMSprop(params, lr=lr, capturable=recorded)
         # gradients that are added up over batches stay float32

@@ -12,6 +12,9 @@ network would need a pass of its own that computes all layers below it again. Me
 its widest layer. On disk are the input and output of a stage, see `disk_bytes`, in the dtype in which the
 network computes; the files have no name where the system allows it, so not even a kill leaves any.
 
+A network without such norms, whose pixels each depend on the few around them alone (it says how many by its
+`reach`, as SRResNet and SRCNN do), runs as a whole on each tile with that halo, and needs no files.
+
 Layers run as they are, padding included, and what their padding spoils inside the image is cut off: the
 pixels at the true border are therefore padded as in the whole image, by the same code.
 """
@@ -85,7 +88,37 @@ class Stage:
     def measures(self) -> bool:
         """Whether its input is normalised by statistics of its own."""
         norm = self.point[0] if self.point else None
-        return isinstance(norm, NORMS) and (norm.training or norm.running_mean is None)
+        return isinstance(norm, NORMS) and _measures(norm)
+
+
+def local_reach(net: nn.Module) -> int | None:
+    """The halo in pixels with which tiles of a network are exact by themselves; None for a network that runs
+    stage by stage.
+
+    Raises:
+        UsageError: its norms look at the whole image.
+    """
+    reach = getattr(net, "reach", None)
+    if reach is None:
+        return None
+    for module in net.modules():
+        if isinstance(module, NORMS) and _measures(module):
+            raise UsageError(
+                f"--tile: the {type(module).__name__} in this network takes the statistics of the whole "
+                "image; leave --tile out"
+            )
+    return int(reach)
+
+
+def _measures(norm: Any) -> bool:
+    """Whether a norm takes the statistics of its own input."""
+    return norm.training or norm.running_mean is None
+
+
+def check_network(net: nn.Module) -> None:
+    """UsageError where a network cannot run in tiles; says why."""
+    if local_reach(net) is None:
+        stages(net)
 
 
 def stages(net: nn.Module) -> list[Stage]:
@@ -238,11 +271,12 @@ def run_tiles(
     """Apply a generator to an image of any size, holding one tile of activations at a time.
 
     Args:
-        net: see `stages`; instance norms, and batch norms in training mode, are given the statistics of the
-            whole image; batch norms in evaluation mode use theirs.
+        net: see `check_network`; instance norms, and batch norms in training mode, are given the statistics
+            of the whole image; batch norms in evaluation mode use theirs.
         read: returns the pixels of a box of the image, (1, C, h, w) on the device of the network. Boxes
             overlap by the halos.
-        write: takes the pixels of a box of the result, (1, C, h, w). Boxes cover the image once.
+        write: takes the pixels of a box of the result, (1, C, h, w). Boxes cover it once; it is `net.scale`
+            times as large as the image where the network has one.
         size: height and width of the image, multiples of `net.multiple`.
         tile: side of a tile in pixels of the image, a multiple of `net.multiple`, at least 32.
         folder: where the temporary files lie (see `disk_bytes`); default: the system's.
@@ -251,8 +285,23 @@ def run_tiles(
     Raises:
         UsageError: the network or the tile cannot be. OSError: the disk is full, or too small from the start.
     """
-    plan = stages(net)
     check_tile(tile, int(getattr(net, "multiple", 1)))
+    height, width = size
+    grid = [
+        Box(y, min(y + tile, height), x, min(x + tile, width))
+        for y in range(0, height, tile)
+        for x in range(0, width, tile)
+    ]
+    reach = local_reach(net)
+    if reach is not None:
+        scale = int(getattr(net, "scale", 1))
+        for place in tqdm(grid, unit="tile", disable=not progress, leave=False):
+            outer = place.grown(reach, height, width)
+            box = place.scaled(scale, 1)
+            rows, columns = box.inside(outer.scaled(scale, 1))
+            write(box, net(read(outer))[:, :, rows, columns])
+        return
+    plan = stages(net)
     where = Path(tempfile.gettempdir() if folder is None else folder)
     device = next(net.parameters()).device
     need = disk_bytes(net, size, 2 if torch.is_autocast_enabled(device.type) else 4)
@@ -264,12 +313,6 @@ def run_tiles(
         )
     spills: dict[str, _Spill] = {}
     moments: _Moments | None = None
-    height, width = size
-    grid = [
-        Box(y, min(y + tile, height), x, min(x + tile, width))
-        for y in range(0, height, tile)
-        for x in range(0, width, tile)
-    ]
     bar = tqdm(total=len(grid) * len(plan), unit="tile", disable=not progress, leave=False)
     try:
         # h and w: the size of the stage's input

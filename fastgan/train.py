@@ -60,7 +60,7 @@ def make_recipe(args: Sequence[str]) -> Recipe:
         raise UsageError(f"unknown recipe {args[0]}: choose one of {', '.join(RECIPES)}")
     cls = RECIPES[args[0]]
     words = list(args[1:])
-    has_data = any(w == "--data" or w.startswith("--data=") for w in words)
+    has_data = any(w.partition("=")[0] in ("--data", "--content", "--style") for w in words)
     preset = "default" if has_data else "digits"
     for i, word in enumerate(words):
         if word == "--preset" and i + 1 < len(words):

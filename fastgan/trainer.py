@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from fastgan.data.dataset import Data, open_data
 from fastgan.data.feed import Loader, open_feed, resident_bytes
 from fastgan.data.labelled import open_labelled
 from fastgan.data.resident import Resident, one_size
+from fastgan.data.two import open_two
 from fastgan.device import pick_device, pick_precision, seed_everything
 from fastgan.gallery import save_grid, write_page
 from fastgan.measure import Evaluation
@@ -36,7 +37,8 @@ from fastgan.memory import fit
 from fastgan.monitor import Monitor, expected_balance, nonfinite
 from fastgan.parallel import Ranks, together
 from fastgan.recipes.base import Recipe
-from fastgan.samples import sample_columns
+from fastgan.recipes.style import Style
+from fastgan.samples import sample_columns, save_picture
 from fastgan.schedule import lr_factor
 from fastgan.stack import MEMORY
 from fastgan.step import Source, Step
@@ -59,7 +61,10 @@ class Interrupted(Exception):
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a run: `<runs>/<name>`, the name made of recipe and data where none is given."""
     c = recipe.config
-    return c.runs / (c.name or f"{recipe.name}-{c.data.resolve().name if c.data else 'digits'}")
+    data = c.data.resolve().name if c.data else "digits"
+    if isinstance(recipe, Style) and c.content:
+        data = f"{c.content.stem}-{c.style.stem}"
+    return c.runs / (c.name or f"{recipe.name}-{data}")
 
 
 def open_images(recipe: Recipe, run: Path, *, progress: bool) -> Data:
@@ -69,12 +74,17 @@ def open_images(recipe: Recipe, run: Path, *, progress: bool) -> Data:
         DataError: missing, unreadable or unfit images.
     """
     c = recipe.config
+    if isinstance(recipe, Style):
+        return open_two(
+            c.content, c.style, channels=c.channels, load_size=c.load_size, limits=(c.range_a, c.range_b)
+        )
     if recipe.domains == ("A",):
         return open_labelled(
             c.data, labelled=recipe.labelled, attributes=getattr(c, "attributes", ()), channels=c.channels,
             geometry=Geometry(c.preprocess, c.load_size, c.crop_size), flip=c.flip, serial=c.serial,
             limits=c.range_a, pages=c.pages, max_images=c.max_images, skip_bad=c.skip_bad,
             cache=run / "cache" if c.data else None, progress=progress,
+            whole_tests=getattr(c, "scale", 1) > 1,
         )  # fmt: skip
     return open_data(
         c.data, paired=recipe.paired, direction=c.direction, channels=c.channels, channels_b=c.channels_b,
@@ -104,6 +114,8 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.data = self._open()
         self.notes = list(self.data.notes)
+        with together(ranks):
+            self._prepare()
         memory = self._memory()
         with together(ranks):
             self.step = self._step(memory)
@@ -149,6 +161,14 @@ class Trainer:
         with together(ranks):
             return data or open_images(self.recipe, self.run, progress=False)
 
+    def _prepare(self) -> None:
+        """Show a recipe that asks for it an image of each domain before the first step."""
+        if hasattr(self.recipe, "prepare"):
+            train, output = self.data.train, self.config.output
+            names: list[Literal["A", "B"]] = ["A", "B"]
+            shown = {d: train.images(d, 0, 1, output_range=output) for d in names if d in self.recipe.domains}
+            self.recipe.prepare(shown)
+
     def _memory(self) -> str:
         """What the networks keep: the fastest that fits, and on every rank the same."""
         config = self.config
@@ -170,6 +190,10 @@ class Trainer:
         config, ranks = self.config, self.ranks
         seed_everything(config.seed, deterministic=config.deterministic)
         nets = self.recipe.networks(*self.data.channels)
+        start = getattr(config, "start", None)
+        if start and not checkpoint.checkpoints(self.run / "checkpoints"):
+            found = checkpoint.load_generator(start)
+            checkpoint.load_into(nets["G"], found.weights, str(found.path))
         if ranks:
             from fastgan.sync_norm import sync_batch_norm  # brings torch's compiler
 
@@ -456,6 +480,7 @@ class Trainer:
             self.step.nets[name].train()
         title = f"{self.run.name}, step {self.done}"
         save_grid(path, columns, title=title, output_range=self.config.output)
+        save_picture(self.run, nets, self.data, self.config.output)
         return path
 
     def page(self, state: str) -> Path:

@@ -25,7 +25,7 @@ import fastgan
 from fastgan import demo
 from fastgan.checkpoint import choices, write_weights
 from fastgan.data.images import DataError, read_images, write_image
-from fastgan.models import ResnetGenerator, StarGANGenerator
+from fastgan.models import SRCNN, ResnetGenerator, StarGANGenerator
 
 NOISE = np.random.default_rng(0).integers(0, 256, (36, 40, 3), np.uint8)
 LIMIT = 40_000  # pixels
@@ -340,6 +340,16 @@ def test_labels(tmp_path: Path) -> None:
         files = desk.translate(str(tmp_path / "in.png"), None, chosen, 0)[1]
         expected = load(tmp_path / "9-G.ckpt", None, label=label)(NOISE)
         assert np.array_equal(read_images(files[0])[0], expected)
+
+
+def test_an_enlarged_image_lies_over_its_source(tmp_path: Path) -> None:
+    about = {"channels": [3, 0], "settings": {"output": "tanh", "direction": "AtoB", "scale": 2}}
+    write_weights(tmp_path / "G.safetensors", SRCNN().state_dict(), about)
+    write_image(tmp_path / "in.png", NOISE)
+    desk = demo.Desk(given(tmp_path / "G.safetensors"), tmp_path)
+    (before, after), files, _ = desk.translate(str(tmp_path / "in.png"), None, [], 32)
+    assert desk.tiles and before.size == after.size == (80, 72)
+    assert read_images(files[0])[0].shape == (72, 80, 3)
 
 
 def test_formats_pages_and_tiles(weights: Path, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ SMALL = {
     "discogan": "--lambda-features 1 --curriculum 4 --ema 0.9 --accumulate 2",
     "pan": "--batch-size 3",
     "munit": "--blocks 1 --mlp-size 8 --ema 0.9 --pool-size 3 --lambda-cycle 1",
+    "srgan": "--blocks 1 --ema 0.9 --lr-policy step",
+    # more steps than it remembers
+    "style": "--batch-size 1 --ndf 64 --history 2",
 }
 
 

@@ -34,6 +34,7 @@ def open_labelled(
     skip_bad: bool = False,
     cache: Path | None = None,
     progress: bool = False,
+    whole_tests: bool = False,
 ) -> Data:
     """Find, check and decode the images below a folder as domain A, or draw the embedded digits, white on
     black, where root is None.
@@ -42,6 +43,7 @@ def open_labelled(
         labelled: whether there must be labels; where there are some they come along in any case.
         attributes: names of the numbers of a label, in order; default: all. For attribute lists alone.
         max_images: the first ones of every class.
+        whole_tests: test images are not cropped, and may be smaller than a crop.
         limits: `range_a` of `open_data`, whose other arguments are these.
 
     Raises:
@@ -61,7 +63,7 @@ def open_labelled(
                 "list_attr*.txt beside them"
             )
         layout = _first(layout, labels, max_images)
-        wanted = Wanted(False, (channels, channels), geometry, pages, None, skip_bad)
+        wanted = Wanted(False, (channels, channels), geometry, pages, None, skip_bad, whole_tests)
         stores = read_folder(root, wanted, cache, progress, notes, layout)
     train, test = stores["train_A"], stores["test_A"]
     own: list[str] = []
@@ -70,10 +72,10 @@ def open_labelled(
     crop = geometry.crop if root is not None else None
     splits = [
         Split(
-            (store,), ranges, crop=crop, flip=flip and root is not None, paired=False, serial=serial,
+            (store,), ranges, crop=side, flip=flip and root is not None, paired=False, serial=serial,
             labels=labels.of(store.names) if labels.names else None,
         )
-        for store in (train, test)
+        for store, side in ((train, crop), (test, None if whole_tests else crop))
     ]  # fmt: skip
     if not len(test):
         notes.append("no test images")

@@ -5,7 +5,7 @@ is written; then every file is decoded once, in threads. What belongs together (
 file) is read, or left out, together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class Wanted(NamedTuple):
     pages: Pages
     max_images: int | None
     skip_bad: bool
+    whole_tests: bool = False  # test images are not cropped, and may be smaller than a crop
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def read_folder(
         splits = {name: Files(files.A[:n], files.B[:n]) for name, files in splits.items()}
     key = ""
     if cache is not None:
-        options = [wanted.paired, wanted.channels, vars(wanted.geometry), *wanted[3:]]
+        options: list[Any] = [wanted.paired, wanted.channels, vars(wanted.geometry), *wanted[3:6]]
+        options += ["whole tests"] if wanted.whole_tests else []
         groups = {f"{name}_{d}": getattr(files, d) for name, files in splits.items() for d in "AB"}
         key = cache_key({"options": options}, root, groups)
         found = load_index(cache, key)
@@ -112,12 +114,13 @@ def _decode(
         dtypes.append(_common_dtype(known))
     stores: dict[str, Images] = {}
     broken = {str(fault): fault for fault in faults}
+    at_test = replace(wanted.geometry, crop_size=1) if wanted.whole_tests else wanted.geometry.at_test()
     for name, files in splits.items():
         rules = Rules(
             channels=(channels[0], channels[1]),
             dtypes=(dtypes[0], dtypes[1]),
-            geometry=wanted.geometry if name == "train" else wanted.geometry.at_test(),
-            testing=name == "test",
+            geometry=wanted.geometry if name == "train" else at_test,
+            testing=name == "test" and not wanted.whole_tests,
             paired=wanted.paired,
             pages=wanted.pages,
             max_images=wanted.max_images,

@@ -14,6 +14,7 @@ from fastgan.checkpoint import best_of
 from fastgan.config import Config, UsageError
 from fastgan.data.dataset import Data
 from fastgan.measure.drawn import measure_drawn
+from fastgan.measure.enlarging import measure_enlarging
 from fastgan.measure.system import Found, System
 from fastgan.measure.tools import Tools, prepare
 from fastgan.measure.ways import measure_way
@@ -37,7 +38,10 @@ def measure(system: System, tools: Tools) -> Found:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         target = _labelled(system, tools)
         for way in system.ways:
-            measure_way(system, tools, way, found, way.target == target)
+            if system.scale > 1:
+                measure_enlarging(system, tools, way, found)
+            else:
+                measure_way(system, tools, way, found, way.target == target)
         if not system.ways:
             measure_drawn(system, tools, found)
     return found

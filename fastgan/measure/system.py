@@ -45,6 +45,8 @@ class System:
         """Which of `NEEDS` this system meets without further flags."""
         if not self.ways:
             return {"inception"} | ({"drawn"} if has_classes(self.data) else set())
+        if self.scale > 1:
+            return {"pairs", "enlarged"}
         back = any(way.back for way in self.ways)
         classes = self.digits or bool(class_names(self.data))
         styles = self.digits and any(self.style_size(way) for way in self.ways)
@@ -67,6 +69,11 @@ class System:
         """Images of any size, one way."""
         net = self.recipe.translator(self.nets, way) if self.recipe else self.nets[way.net]
         return translate_any_size(net, x)
+
+    @property
+    def scale(self) -> int:
+        """How many times a side becomes as long; 1 where sizes stay."""
+        return int(getattr(self.recipe.config, "scale", 1)) if self.recipe else 1
 
     def returned(self, way: Direction, fake: Tensor) -> Tensor:
         """What came of `translated`, back again; ValueError for a way without one."""

@@ -94,11 +94,11 @@ def prepare(
     free -= set() if "digits" in has else {"classes"}
     possible = {name for name, m in MEASURES.items() if m.needs in (has & states.keys()) | free}
     tools.names = (chosen or possible) | extra
-    if "ssim" in tools.names and importlib.util.find_spec("skimage") is None:
+    if tools.wants("ssim", "ssim_bicubic") and importlib.util.find_spec("skimage") is None:
         missing = 'ssim needs scikit-image: pip install -e ".[metrics]"'
-        if "ssim" in chosen | extra:
+        if {"ssim", "ssim_bicubic"} & (chosen | extra):
             raise UsageError(missing)
-        tools.names.discard("ssim")
+        tools.names -= {"ssim", "ssim_bicubic"}
         tools.notes.append(missing)
     for kind, needed in (("inception", tools.wants(*INCEPTION)), ("alexnet", tools.wants("lpips"))):
         if needed and kind not in states:

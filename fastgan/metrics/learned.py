@@ -119,6 +119,8 @@ def recognise(state: Mapping[str, Tensor]) -> str:
         return "inception"
     first = state.get("features.0.weight")
     sizes: dict[tuple[int, ...], str] = {(64, 3, 11, 11): "alexnet", (64, 3, 3, 3): "vgg16"}
+    if "features.34.weight" in state:
+        return ""  # VGG19 begins as VGG16 does
     return sizes.get(tuple(first.shape), "") if first is not None and "classifier.6.weight" in state else ""
 
 

@@ -18,8 +18,13 @@ class Measure(NamedTuple):
 MEASURES = {
     "l1": Measure(False, "pairs"),
     "psnr_db": Measure(True, "pairs"),
+    "psnr_db_bicubic": Measure(None, "enlarged"),
+    "psnr_y_db": Measure(True, "enlarged"),
+    "psnr_y_db_bicubic": Measure(None, "enlarged"),
     "ssim": Measure(True, "pairs"),
+    "ssim_bicubic": Measure(None, "enlarged"),
     "lpips": Measure(False, "alexnet"),
+    "lpips_bicubic": Measure(None, "enlarged"),
     "cycle_l1": Measure(False, "back"),
     "fid": Measure(False, "inception"),
     "kid": Measure(False, "inception"),
@@ -45,6 +50,7 @@ MEASURES = {
 }
 NEEDS = {
     "pairs": "pairs: data for pix2pix, or A and B side by side in one image",
+    "enlarged": "a generator that enlarges images",
     "back": "a generator that leads back, as CycleGAN has",
     "palette": "--palette and pairs",
     "digits": "the embedded digits in direction AtoB",

@@ -13,10 +13,11 @@ from fastgan.models.munit import MUNITGenerator
 from fastgan.models.pan import PANDiscriminator, PANGenerator
 from fastgan.models.patchgan import PatchDiscriminator
 from fastgan.models.resnet import ResnetGenerator
+from fastgan.models.srgan import SRCNN, SRGANDiscriminator, SRResNet
 from fastgan.models.stargan import StarGANGenerator
 from fastgan.models.unet import UnetGenerator
 
-GENERATORS = ("resnet", "unet", "encdec", "stargan", "discogan", "pan", "munit")
+GENERATORS = ("resnet", "unet", "encdec", "stargan", "discogan", "pan", "munit", "srresnet", "srcnn")
 __all__ = [
     "GENERATORS",
     "DiscoGANDiscriminator",
@@ -27,6 +28,9 @@ __all__ = [
     "PANGenerator",
     "PatchDiscriminator",
     "ResnetGenerator",
+    "SRCNN",
+    "SRGANDiscriminator",
+    "SRResNet",
     "StarGANGenerator",
     "UnetGenerator",
     "build",
@@ -56,18 +60,24 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         return PANGenerator(**kwargs)
     if kind == "munit":
         return MUNITGenerator(**kwargs)
+    if kind == "srresnet":
+        return SRResNet(**kwargs)
+    if kind == "srcnn":
+        return SRCNN(**kwargs)
     if kind == "patchgan":
         return PatchDiscriminator(**kwargs)
     raise ValueError(f"build: network must be {', '.join(GENERATORS)} or patchgan, got {kind}")
 
 
 def translate_any_size(net: nn.Module, x: Tensor) -> Tensor:
-    """Apply a generator to (N, C, H, W) of any size: pad bottom and right to what it divides, crop back."""
+    """Apply a generator to (N, C, H, W) of any size: pad bottom and right to what it divides, crop back to
+    the size, `net.scale` times as large where it has one."""
     h, w = x.shape[-2:]
     bottom, right, mode = missing_pixels(net, h, w)
     if bottom or right:
         x = F.pad(x, (0, right, 0, bottom), mode=mode)
-    return net(x)[..., :h, :w]
+    scale = int(getattr(net, "scale", 1))
+    return net(x)[..., : scale * h, : scale * w]
 
 
 def missing_pixels(net: nn.Module, h: int, w: int) -> tuple[int, int, str]:

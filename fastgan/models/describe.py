@@ -13,9 +13,9 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Network and its arguments, read off the keys and shapes of a state dict.
 
     Returns:
-        "network" (resnet, unet, encdec, stargan, discogan, pan, munit, patchgan) and the keyword arguments
-        of its class; {} where nothing fits. Dropout of a U-Net and reflect against replicate padding leave no
-        trace.
+        "network" (resnet, unet, encdec, stargan, discogan, pan, munit, srresnet, srcnn, picture, patchgan)
+        and the keyword arguments of its class; {} where nothing fits. Dropout of a U-Net, reflect against
+        replicate padding and the scale of srcnn leave no trace.
     """
     conv = {k.removesuffix(".weight"): v for k, v in state.items() if k.endswith(".weight") and v.ndim == 4}
     has_batch = any(k.endswith("running_mean") for k in state)
@@ -81,6 +81,17 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         }  # fmt: skip
     if "a.cnns.0.0.conv" in conv:
         return {"network": "discriminators of munit", "ndf": len(conv["a.cnns.0.0.conv"])}
+    if "head.0" in conv and "join.0" in conv:
+        entry, doublings = conv["head.0"], [k for k in conv if k.startswith("up.")]
+        return {
+            "network": "srresnet", "channels": entry.shape[1], "scale": 2 ** len(doublings),
+            "ngf": entry.shape[0], "blocks": len({k.split(".")[1] for k in conv if k.startswith("blocks.")}),
+            "norm": "batch" if has_batch else "none" if "join.0.bias" in state else "instance",
+        }  # fmt: skip
+    if list(conv) == ["layers.1", "layers.4", "layers.7"] and conv["layers.1"].shape[1:] == (1, 9, 9):
+        return {"network": "srcnn", "width": conv["layers.4"].shape[-1]}
+    if list(state) == ["image"]:
+        return {"network": "picture", "height": state["image"].shape[1], "width": state["image"].shape[2]}
     if "net.0" in conv or "model.0" in conv:
         head = "net" if "net.0" in conv else "model"
         fields = {("net", 3): 1, ("model", 3): 16, ("model", 4): 34, ("model", 5): 70, ("model", 6): 142,
@@ -97,5 +108,7 @@ def say(description: Mapping[str, Any]) -> str:
     """A description as words for a person."""
     if not description:
         return "a network that is not known here"
+    if description["network"] == "picture":
+        return "the picture of a run of style, {width}x{height} pixels".format_map(description)
     rest = ", ".join(f"{k} {v}" for k, v in description.items() if k != "network")
     return f"{description['network']} ({rest})"

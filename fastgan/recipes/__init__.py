@@ -8,6 +8,8 @@ from fastgan.recipes.discogan import DiscoGAN
 from fastgan.recipes.munit import MUNIT
 from fastgan.recipes.pan import PAN
 from fastgan.recipes.pix2pix import Pix2Pix
+from fastgan.recipes.srgan import SRGAN
+from fastgan.recipes.style import Style
 from fastgan.recipes.wgan import WGAN
 from fastgan.recipes.wgan_gp import WGANGP
 
@@ -21,4 +23,6 @@ RECIPES: dict[str, type[Recipe]] = {
     "discogan": DiscoGAN,
     "pan": PAN,
     "munit": MUNIT,
+    "srgan": SRGAN,
+    "style": Style,
 }

@@ -36,7 +36,11 @@ class Direction(NamedTuple):
 class Recipe(Protocol):
     """One system, with or without discriminators. Batches hold images (N, C, H, W) under the names of its
     `domains`, where it is `labelled` the labels of A (N, labels) in 0..1 under "label", and standard normal
-    numbers (N, n) under the names of its `noise`; fakes are named by the domain they imitate."""
+    numbers (N, n) under the names of its `noise`; fakes are named by the domain they imitate.
+
+    A recipe whose losses need more than the batches, such as weights of others, has a method
+    `prepare(images)`, called once before training with one training image (1, C, H, W) of each domain.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -47,7 +51,6 @@ class Recipe(Protocol):
     labelled: ClassVar[bool]
     order: ClassVar[Literal["g-first", "d-first"]]
     generators: ClassVar[tuple[str, ...]]
-    discriminators: ClassVar[tuple[str, ...]]
     directions: ClassVar[dict[str, Direction]]
 
     def __init__(self, config: Any) -> None: ...
@@ -55,6 +58,11 @@ class Recipe(Protocol):
     @property
     def config(self) -> Any:
         """The frozen settings, of `config_class`."""
+        ...
+
+    @property
+    def discriminators(self) -> tuple[str, ...]:
+        """Names of the networks that judge images; none where nothing is judged."""
         ...
 
     @property
