@@ -30,7 +30,7 @@ def _each() -> str:
     lines = []
     for name, cls in RECIPES.items():
         about = (inspect.getdoc(sys.modules[cls.__module__]) or cls.title).split("\n\n")[0]
-        about = re.sub(r" \([^)]*arXiv[^)]*\)", "", about)
+        about = re.split(r"[.;]\s", re.sub(r" \([^)]*\d{4}[^)]*\)", "", about))[0].rstrip(".") + "."
         lines.append(f"  {name:<9} {textwrap.shorten(about, 88, placeholder=' ...')}")
     return "\n".join(lines)
 

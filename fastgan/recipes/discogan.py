@@ -1,5 +1,5 @@
-"""DiscoGAN (Kim, Cha, Kim, Lee, Kim 2017, arXiv 1703.05192): CycleGAN's four networks at 64 pixels, with
-cross entropy and squared reconstruction.
+"""DiscoGAN (Kim, Cha, Kim, Lee, Kim 2017, arXiv 1703.05192): four small
+networks as CycleGAN's, cross entropy and squared reconstruction.
 
 `default` is the paper: -log D(G(x)) plus the reconstruction, equally weighted. `code` is what the public code
 adds: feature matching, which outweighs the verdict nine to one, at first hardly any reconstruction, and two

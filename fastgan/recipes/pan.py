@@ -1,5 +1,5 @@
-"""PAN (Wang, Xu, Wang, Tao 2018, arXiv 1706.09138): the distance between the discriminator's own hidden
-features is the generator's perceptual loss, and D is trained to make it large, up to a margin.
+"""PAN (Wang, Xu, Wang, Tao 2018, arXiv 1706.09138): the generator's perceptual loss is the
+distance of D's own hidden features; D is trained to make it large, up to a margin.
 
 The discriminator is updated first and sees B alone; the generator then uses the same fakes and the updated
 discriminator. There is no official code, the paper is followed; except that G minimises -log D(G(x)), which

@@ -1,5 +1,5 @@
-"""SRGAN (Ledig et al., CVPR 2017, arXiv 1609.04802): images enlarged 4 times, against a discriminator and the
-features of a trained VGG19; also its first stage alone, SRResNet, and SRCNN (arXiv 1501.00092).
+"""SRGAN (Ledig et al., CVPR 2017, arXiv 1609.04802): images enlarged 4 times, with a discriminator and
+the features of VGG19; also its first stage alone, SRResNet, and SRCNN (arXiv 1501.00092).
 
 Domain A holds the large images; the small ones are made of them by bicubic reduction, see `models.srgan`. The
 first stage (`--stage pixels`) minimises the squared error of pixels and has no discriminator. The second

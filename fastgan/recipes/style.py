@@ -1,5 +1,5 @@
 """Neural style (Gatys, Ecker, Bethge, CVPR 2016): one picture with the content of one image and the style of
-another, found by gradient descent on its pixels; what the networks of the other recipes are compared with.
+another; found by gradient descent on its pixels, what the networks of the other recipes are compared with.
 
 No generator is trained: a run is a picture, `picture.png` in its folder. Content is relu4_2 of VGG19, style
 the Gram matrices of relu1_1 to relu5_1, pooling takes averages, and L-BFGS without a line search does one
