@@ -31,6 +31,8 @@ from fastgan.models.describe import describe, say
 from fastgan.models.munit import MUNITGenerator, MUNITTranslator
 
 State = dict[str, Tensor]
+Label = str | Sequence[str] | Sequence[float]
+EACH = "all"  # in place of a label: the caller sets the network's own each time
 BEST, OLD_BEST = "best", ".old_best"
 
 
@@ -276,7 +278,8 @@ class Loaded(NamedTuple):
 
     net: on the CPU, in evaluation mode. weights: as the file has them, in upstream's order. channels, ranges,
     dtypes: of the input and the output, as trained; 8 bits and 0..255 where the file does not say. output:
-    "tanh" or "sigmoid". path: the file. about: its header, {} for foreign files.
+    "tanh" or "sigmoid". path: the file. about: its header, {} for foreign files. labels: what can be asked
+    for, of a generator that takes a label.
     """
 
     net: nn.Module
@@ -287,12 +290,53 @@ class Loaded(NamedTuple):
     output: Literal["tanh", "sigmoid"]
     path: Path
     about: dict[str, Any]
+    labels: Labels
+
+
+class Labels(NamedTuple):
+    """names: of the numbers in a label, "1", "2" ... where the file has none. named: whether it has some.
+    classes: exactly one number is 1."""
+
+    names: tuple[str, ...] = ()
+    named: bool = False
+    classes: bool = False
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any], count: int) -> Labels:
+        """Those of a generator that takes `count` numbers, by the header of its file."""
+        names = tuple(about.get("labels", ()))
+        if not count or len(names) != count:
+            return cls(tuple(str(k + 1) for k in range(count)))
+        return cls(names, True, not about.get("settings", {}).get("attributes"))
+
+    def numbers(self, label: Label | None, file: Path) -> list[float]:
+        """A label as numbers, [] for none; UsageError where it does not fit the generator of the file."""
+        given: list[Any] = [label] if isinstance(label, str) else list(label or ())
+        words = [word for word in given if isinstance(word, str)]
+        if words and not self.names:
+            raise UsageError(f"{file} takes no label: leave --to out")
+        if words == [EACH] and EACH not in self.names:
+            return [0.0] * len(self.names)
+        if words and not self.named:
+            raise UsageError(f"{file} does not name its labels: give --label and {len(self.names)} numbers")
+        unknown = [word for word in words if word not in self.names]
+        if unknown or (self.classes and len(words) > 1):
+            rule = f"{unknown[0]} is no label of {file}" if unknown else f"{file} takes one label"
+            raise UsageError(f"--to {' '.join(words)}: {rule}; it has {', '.join(self.names)}")
+        if words:
+            return [float(name in words) for name in self.names]
+        if len(given) != len(self.names):
+            rule = f"a label of {len(self.names)} numbers, got {len(given)}: give --label"
+            if self.named:
+                rule = f"a label: give --to with one of {', '.join(self.names)}, or --label"
+            raise UsageError(f"{file} takes {rule if self.names else 'no --label'}")
+        return [float(number) for number in given]
 
 
 def load_generator(
     path: Path | str,
     direction: Literal["AtoB", "BtoA"] | None = None,
-    label: Sequence[float] | None = None,
+    label: Label | None = None,
     *,
     dropout: bool = False,
 ) -> Loaded:
@@ -303,7 +347,8 @@ def load_generator(
             gen_*.pt. Of a folder the newest weights are taken, the averaged ones where there are some.
             Network, norm, width, depth, dropout and channels are read off keys and shapes.
         direction: in terms of the data folder; default is the direction of training.
-        label: one number per label, for StarGAN alone.
+        label: for StarGAN alone, one number per label; or the names of those that are 1, where the file
+            names them; or EACH.
         dropout: a U-Net whose file does not say whether it has dropout, which has no weights, gets it.
 
     Raises:
@@ -338,13 +383,10 @@ def load_generator(
     net = build(found | {key: settings[key] for key in extra if key in settings})
     load_into(net, weights, str(file))
     weights = {key: weights[key] for key in net.state_dict() if key in weights}
-    labels = found.get("labels", 0)
-    given = 0 if label is None else len(label)
-    if given != labels:
-        rule = f"a label of {labels} numbers, got {given}: give --label" if labels else "no --label"
-        raise UsageError(f"{file} takes {rule}")
-    if labels:
-        net.label = torch.tensor(label, dtype=torch.float32)
+    labels = Labels.of(about, found.get("labels", 0))
+    numbers = labels.numbers(label, file)
+    if numbers:
+        net.label = torch.tensor(numbers, dtype=torch.float32)
     # the header names domains as A and B; this generator's own order is input, output
     ends = (1, 0) if name == "G_B" else (0, 1)
     if isinstance(net, MUNITGenerator):
@@ -360,7 +402,7 @@ def load_generator(
     dtypes = [np.dtype(d) for d in about.get("dtypes", ["uint8", "uint8"])]
     return Loaded(
         net.eval(), weights, channels, (ranges[ends[0]], ranges[ends[1]]), (dtypes[ends[0]], dtypes[ends[1]]),
-        settings.get("output", "sigmoid" if found["network"] == "discogan" else "tanh"), file, about,
+        settings.get("output", "sigmoid" if found["network"] == "discogan" else "tanh"), file, about, labels,
     )  # fmt: skip
 
 
@@ -368,11 +410,11 @@ class Choices(NamedTuple):
     """What a user of a checkpoint can choose.
 
     directions: that `load_generator` takes and that differ, the one of training first; () where nothing tells
-    which way a generator goes. labels: numbers in a label, 0 but for StarGAN.
+    which way a generator goes. labels: without names but for StarGAN.
     """
 
     directions: tuple[Literal["AtoB", "BtoA"], ...]
-    labels: int
+    labels: Labels
 
 
 def choices(path: Path | str) -> Choices:
@@ -397,8 +439,10 @@ def choices(path: Path | str) -> Choices:
     network = describe(weights)
     if network.get("network") == "munit":
         trained = about.get("settings", {}).get("direction", "AtoB")
-        return Choices(("AtoB", "BtoA") if trained == "AtoB" else ("BtoA", "AtoB"), 0)
-    return Choices(tuple(found) if differ else (), int(network.get("labels", 0)))
+        return Choices(("AtoB", "BtoA") if trained == "AtoB" else ("BtoA", "AtoB"), Labels())
+    labels = Labels.of(about, network.get("labels", 0))
+    # between labels there is no direction
+    return Choices(tuple(found) if differ and not labels.names else (), labels)
 
 
 def _network(file: Path) -> str:

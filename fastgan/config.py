@@ -14,6 +14,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
+Preprocess = Literal[
+    "resize_and_crop",
+    "crop",
+    "scale_width",
+    "scale_width_and_crop",
+    "scale_shortside_and_crop",
+    "square_and_crop",
+    "none",
+]
 # settings that may differ between two starts of one run: they change nothing that is computed at a given step
 FREE_ON_RESUME = {
     *("device", "compile", "capture", "memory", "data_on", "threads", "runs", "name", "preset"),
@@ -58,9 +67,7 @@ class Config:
     direction: Literal["AtoB", "BtoA"] = "AtoB"  # BtoA swaps the two domains
     channels: int | None = None  # channels of the images; default: those of the files
     channels_b: int | None = None  # channels of domain B where they differ from A
-    preprocess: Literal[
-        "resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "scale_shortside_and_crop", "none"
-    ] = "resize_and_crop"  # what happens to an image before the random crop
+    preprocess: Preprocess = "resize_and_crop"  # what happens to an image before the random crop
     load_size: int = 286  # size in pixels an image is resized to
     crop_size: int = 256  # size in pixels of the random crop
     flip: bool = True  # mirror left-right at random
@@ -153,7 +160,8 @@ class Config:
             raise UsageError(f"--levels must be at least 2, got {self.levels}")
         if self.epochs + self.epochs_decay == 0:
             raise UsageError("--epochs and --epochs-decay are both 0: nothing to train")
-        if "crop" in self.preprocess and "resize" in self.preprocess and self.crop_size > self.load_size:
+        squares = self.preprocess in ("resize_and_crop", "square_and_crop")
+        if squares and self.crop_size > self.load_size:
             raise UsageError(f"--crop-size {self.crop_size} is larger than --load-size {self.load_size}")
         if self.keep_best and not self.evaluate_every:
             raise UsageError("--keep-best needs --evaluate-every N")

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from PIL import Image
 
 from fastgan import tiling
-from fastgan.checkpoint import CheckpointError, choices
+from fastgan.checkpoint import EACH, CheckpointError, choices
 from fastgan.config import UsageError, fail, parse
 from fastgan.data.augment import match_channels
 from fastgan.data.images import (
@@ -126,7 +125,7 @@ class Desk:
             self.tiles = False
 
     def _load(self, direction: Direction) -> Generator:
-        given, label = self.given, [0.0] * self.labels or None
+        given, label = self.given, EACH if self.labels.names else None
         return load_generator(
             given.run, direction, label=label, device=given.device, precision=given.precision
         )
@@ -159,9 +158,8 @@ class Desk:
         seed = next(self._seeds)
         how = Output(tile=int(tile) or "auto", max_pixels=self.given.max_pixels, seed=seed)
         check(generator, how)
-        if self.labels:
-            generator.net.label = torch.zeros(self.labels, device=generator.device)
-            generator.net.label[list(label)] = 1
+        if self.labels.names:
+            generator.set_label(label)
         target = Path(tempfile.mkdtemp(dir=self.folder)) / f"{source.stem}_{direction or 'translated'}"
         start = time.perf_counter()
         files, notes = translate_upload(generator, source, target, found.dtype, how)
@@ -221,9 +219,10 @@ def page(desk: Desk) -> Any:
             before, line = desk.before(path, direction)
             return (before, before), gr.File(None, visible=False), line
 
-    def translate(path: str | None, direction: Any, label: Sequence[int], tile: float) -> Any:
+    def translate(path: str | None, direction: Any, label: Any, tile: float) -> Any:
         with _said(path):
-            pictures, files, line = desk.translate(path, direction, label, tile)
+            chosen = [label] if isinstance(label, int) else label or []
+            pictures, files, line = desk.translate(path, direction, chosen, tile)
             return pictures, gr.File([str(file) for file in files], visible=True), line
 
     with gr.Blocks(
@@ -246,12 +245,14 @@ def page(desk: Desk) -> Any:
                     visible=len(desk.directions) > 1,
                     elem_id="direction",
                 )
-                label = gr.CheckboxGroup(
-                    [str(number + 1) for number in range(desk.labels)],
-                    value=[],
+                names, several = list(desk.labels.names), not desk.labels.classes
+                start: Any = [] if several else names[0]
+                label = (gr.CheckboxGroup if several else gr.Radio)(
+                    names,
+                    value=start,
                     type="index",
-                    label="Label: entries that are 1",
-                    visible=desk.labels > 0,
+                    label="Label: entries that are 1" if several else "Label",
+                    visible=bool(names),
                     elem_id="label",
                 )
                 with gr.Accordion("Advanced", open=False, visible=desk.tiles):

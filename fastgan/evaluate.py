@@ -21,15 +21,19 @@ from tqdm import tqdm
 from fastgan import checkpoint, metrics
 from fastgan.checkpoint import CheckpointError
 from fastgan.config import Config, UsageError, fail, from_json, parse, write_text
+from fastgan.data.augment import Geometry
 from fastgan.data.dataset import open_data
 from fastgan.data.folders import find_layout
 from fastgan.data.images import DataError, list_images, read_images, to_unit
+from fastgan.data.labelled import open_labelled
 from fastgan.device import pick_device
 from fastgan.measure import Found, Pairs, System, Tools, inception, measure, prepare
 from fastgan.recipes.base import Direction
+from fastgan.recipes.stargan import StarGANConfig
 from fastgan.trained import load_run
 from fastgan.trainer import open_images
 
+GEOMETRY = ("preprocess", "load_size", "crop_size", "pages")  # settings that say what an image becomes
 SHORTEST = 24  # columns of the names in the table
 
 
@@ -73,9 +77,13 @@ def _of_run(given: Arguments, run: Path, device: torch.device) -> Iterator[tuple
 @contextlib.contextmanager
 def _of_file(given: Arguments, path: Path, device: torch.device) -> Iterator[tuple[System, int | None]]:
     """The system of one generator from anywhere."""
-    loaded = checkpoint.load_generator(path, given.direction)
     if given.data is None:
         raise UsageError(f"{path} does not say on which images: give --data FOLDER")
+    labelled = bool(checkpoint.choices(path).labels.names)
+    loaded = checkpoint.load_generator(path, given.direction, checkpoint.EACH if labelled else None)
+    if labelled:
+        yield _between_labels(given, loaded, device), None
+        return
     if getattr(loaded.net, "scale", 1) > 1:
         raise UsageError(f"{path} enlarges images: give its run or checkpoint folder")
     about, name = loaded.about, loaded.about.get("network", "")
@@ -89,17 +97,36 @@ def _of_file(given: Arguments, path: Path, device: torch.device) -> Iterator[tup
     except DataError:
         paired = False
     ranges = loaded.ranges if about else (None, None)
-    keys = ("preprocess", "load_size", "crop_size", "pages")
     size = Config(load_size=256) if not about else from_json(Config, about.get("settings", {}))
     with tempfile.TemporaryDirectory() as cache:
         data = open_data(
             given.data, paired=paired, direction=direction, channels=loaded.channels[ends[0]],
             channels_b=loaded.channels[ends[1]], range_a=ranges[ends[0]], range_b=ranges[ends[1]],
             max_images=given.max_images, cache=cache, progress=sys.stderr.isatty(),
-            **{key: getattr(size, key) for key in keys},
+            **{key: getattr(size, key) for key in GEOMETRY},
         )  # fmt: skip
         ways = [Direction("G", "A", "B")]
         yield System({"G": loaded.net.to(device)}, ways, data, loaded.output, device, paired), None
+
+
+def _between_labels(given: Arguments, loaded: checkpoint.Loaded, device: torch.device) -> System:
+    """The system of one generator that takes labels, on class folders or its own attributes."""
+    settings = loaded.about.get("settings", {})
+    c = from_json(StarGANConfig, {key: settings[key] for key in ("attributes", *GEOMETRY) if key in settings})
+    data = open_labelled(
+        given.data, labelled=True, classes=True, attributes=c.attributes, channels=loaded.channels[0],
+        geometry=Geometry(c.preprocess, c.load_size, c.crop_size), pages=c.pages,
+        limits=loaded.ranges[0] if loaded.about else None, max_images=given.max_images,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    takes = loaded.labels.names
+    if len(data.labels) != len(takes) or (loaded.labels.named and tuple(data.labels) != takes):
+        of = f" {', '.join(takes)}" if loaded.labels.named else ""
+        raise UsageError(
+            f"{loaded.path} takes {len(takes)} labels{of}; {given.data} has {', '.join(data.labels[:40])}"
+        )
+    ways = [Direction("G", "A", "A")]
+    return System({"G": loaded.net.to(device)}, ways, data, loaded.output, device, False)
 
 
 class _Folder:

@@ -235,6 +235,7 @@ class Arguments:
     format: Format  # upstream, safetensors, onnx, torch-export or aoti
     direction: Literal["AtoB", "BtoA"] | None = None  # in terms of the data folder; default: as trained
     label: tuple[float, ...] | None = None  # one number per label, for StarGAN; becomes part of the function
+    to: tuple[str, ...] | None = None  # the same by names, see translate
     style: tuple[float, ...] | None = None  # numbers of the style, for MUNIT; becomes part of the function
 
 
@@ -242,7 +243,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Export; exit code 0, or 2 with one line about what could not be done."""
     try:
         given = parse(Arguments, sys.argv[1:] if args is None else args, "python -m fastgan.export")
-        found = load_generator(given.source, given.direction, given.label)
+        found = load_generator(given.source, given.direction, given.label or given.to)
         _set_style(found, given.style, needed=given.format not in ("upstream", "safetensors"))
         said = export(found, given.out, given.format)
     except (UsageError, CheckpointError) as error:

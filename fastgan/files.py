@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import time
 import zlib
@@ -59,11 +60,13 @@ class Output:
 
 
 class Job(NamedTuple):
-    """A file to translate, the file it becomes, and the name from which its samples are drawn."""
+    """A file to translate, the file it becomes, the name from which its samples are drawn, and the labels to
+    each of which it is translated, where there are several."""
 
     source: Path
     goal: Path
     name: str
+    labels: tuple[str, ...] = ()
 
 
 @dataclass
@@ -78,8 +81,10 @@ class Report:
     seconds: float = 0.0
 
 
-def plan(source: Path, target: Path, how: Output) -> list[Job]:
+def plan(source: Path, target: Path, how: Output, labels: Sequence[str] = ()) -> list[Job]:
     """What is to be translated into what: a file, or every image below a folder with its name kept.
+
+    labels: each file becomes one of each, NAME_<label>.
 
     Raises:
         DataError: nothing there, two images that would become one file, or one that would be overwritten.
@@ -99,9 +104,12 @@ def plan(source: Path, target: Path, how: Output) -> list[Job]:
             raise DataError(f"{source} holds no images")
         names = [file.relative_to(source) for file in files]
         jobs = [Job(f, _named(target / name, how), name.as_posix()) for f, name in zip(files, names)]
+    # a name may hold what a file's cannot
+    endings = tuple(re.sub(r'[\\/:*?"<>|]', "_", label) for label in labels)
+    jobs = [job._replace(labels=endings) for job in jobs]
     made: dict[Path, Path] = {}
     for job in jobs:
-        for goal in _samples(job.goal, how):
+        for goal in _results(job, how):
             # Path.resolve raises on a link that points to itself
             if os.path.realpath(goal) == os.path.realpath(job.source):
                 raise DataError(f"{goal} would overwrite its source: choose another OUTPUT")
@@ -118,10 +126,12 @@ def _named(goal: Path, how: Output) -> Path:
     return goal.with_suffix(f".{how.format}")
 
 
-def _samples(goal: Path, how: Output) -> list[Path]:
-    if how.samples == 1:
-        return [goal]
-    return [goal.with_name(f"{goal.stem}_{k:03d}{goal.suffix}") for k in range(how.samples)]
+def _results(job: Job, how: Output) -> list[Path]:
+    """The files that a job makes: one, or one of each label or sample."""
+    if not job.labels and how.samples == 1:
+        return [job.goal]
+    endings = job.labels or [f"{k:03d}" for k in range(how.samples)]
+    return [job.goal.with_name(f"{job.goal.stem}_{ending}{job.goal.suffix}") for ending in endings]
 
 
 def _pages(goal: Path, count: int) -> list[Path]:
@@ -134,7 +144,7 @@ def is_done(job: Job, how: Output, weights: Path) -> bool:
     try:
         newest = max(job.source.stat().st_mtime, weights.stat().st_mtime)
         # the first page is written last
-        found = [goal if goal.exists() else _pages(goal, 1)[0] for goal in _samples(job.goal, how)]
+        found = [goal if goal.exists() else _pages(goal, 1)[0] for goal in _results(job, how)]
         return all(goal.stat().st_mtime >= newest for goal in found)
     except OSError:
         return False
@@ -235,7 +245,7 @@ def _read(job: Job, how: Output) -> Picture:
 
 
 def _compute(generator: Generator, picture: Picture, job: Job, how: Output) -> Iterator[tuple[Path, Picture]]:
-    """Every sample of a file: where it goes and what it is."""
+    """Every result of a file: where it goes and what it is."""
     joined = generator.pages == "channels" and len(picture.images) > 1
     images = picture.images
     if joined:
@@ -245,7 +255,9 @@ def _compute(generator: Generator, picture: Picture, job: Job, how: Output) -> I
     tile = None if how.tile == "off" else how.tile
     dtype = DEPTHS[how.depth] if how.depth else None
     job.goal.parent.mkdir(parents=True, exist_ok=True)
-    for k, goal in enumerate(_samples(job.goal, how)):
+    for k, goal in enumerate(_results(job, how)):
+        if job.labels:
+            generator.set_label([k])
         found = []
         for x in images:
             if generator.random:

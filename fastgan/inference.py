@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from fastgan import checkpoint, tiling
+from fastgan.checkpoint import Label, Labels
 from fastgan.config import UsageError
 from fastgan.data.augment import OutputRange, from_tensor, match_channels, to_tensor
 from fastgan.data.colour import cmyk_to_srgb, to_srgb
@@ -37,7 +38,7 @@ class Generator:
     net: the network in evaluation mode. channels, ranges, dtypes: of the input and of the output domain as
     trained; output: "tanh" or "sigmoid". name: the file it came from. pages: what the pages of a file were in
     training. random: whether every call gives another result. batch_norm_of_others: whether the file is not
-    of fastgan and has batch norm, which upstream leaves in training mode.
+    of fastgan and has batch norm, which upstream leaves in training mode. labels: what `set_label` takes.
     """
 
     net: nn.Module
@@ -51,6 +52,13 @@ class Generator:
     pages: Pages = "images"
     random: bool = False
     batch_norm_of_others: bool = False
+    labels: Labels = Labels()
+
+    def set_label(self, numbers: Sequence[int]) -> None:
+        """Ask for another label: the places of its ones; of a generator that takes labels."""
+        label = torch.zeros(len(self.labels.names), device=self.device)
+        label[list(numbers)] = 1
+        self.net.label = label
 
     @property
     def scale(self) -> int:
@@ -211,7 +219,7 @@ def load_generator(
     path: Path | str,
     direction: Literal["AtoB", "BtoA"] | None = None,
     *,
-    label: Sequence[float] | None = None,
+    label: Label | None = None,
     style: Sequence[float] | np.ndarray | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -253,7 +261,7 @@ def load_generator(
         pick_precision(precision, where), str(found.path),
         pages=found.about.get("settings", {}).get("pages", "images"),
         random=dropout_at_test or (styles > 0 and style is None),
-        batch_norm_of_others=not found.about and bool(norms),
+        batch_norm_of_others=not found.about and bool(norms), labels=found.labels,
     )  # fmt: skip
     if style is not None:
         if not styles:
@@ -362,7 +370,7 @@ def load(
     path: Path | str,
     direction: Literal["AtoB", "BtoA"] | None = None,
     *,
-    label: Sequence[float] | None = None,
+    label: Label | None = None,
     style: Sequence[float] | np.ndarray | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -373,7 +381,7 @@ def load(
         path: a run or checkpoint folder, .safetensors, .pth or .ckpt of pix2pix, CycleGAN, CUT or StarGAN, or
             MUNIT's gen_*.pt.
         direction: in terms of the data folder; default is the direction of training.
-        label: one number per label, for StarGAN alone.
+        label: for StarGAN alone, one number per label, or the name or names of those that are 1.
         style: for MUNIT alone, the numbers of a style, or an array (H, W, C) whose style is taken; without
             one every call draws another from torch's generator.
         device: "auto", "cuda", "cuda:1", "mps" or "cpu". precision: "auto", "bf16", "fp32" or "tf32".

@@ -125,6 +125,20 @@ def roughness(x: Tensor) -> Tensor:
     return mse(x[..., 1:], x[..., :-1]) + mse(x[..., 1:, :], x[..., :-1, :])
 
 
+def label_loss(logits: Tensor, labels: Tensor, *, classes: bool) -> Tensor:
+    """Cross entropy of labels and what a network says of them, per image; a scalar.
+
+    Args:
+        logits, labels: (N, labels), labels in 0..1.
+        classes: every label has exactly one 1: softmax. Else the numbers are attributes, each with a sigmoid
+            of its own, and their entropies are added up (StarGAN's code).
+    """
+    logits, labels = _full(logits), labels.to(_full(logits).dtype)
+    if classes:
+        return F.cross_entropy(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(logits)
+
+
 def feature_matching(
     real: Sequence[Tensor],
     fake: Sequence[Tensor],

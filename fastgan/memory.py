@@ -207,7 +207,8 @@ def _changes(
         # the same images in each update
         parts = config.batch_size * config.accumulate
         one = type(recipe)(dataclasses.replace(config, batch_size=1, accumulate=parts))
-        yield "--batch-size", f"1 --accumulate {parts}{least}", one, size
+        if not one.unfit(*size):
+            yield "--batch-size", f"1 --accumulate {parts}{least}", one, size
     flag = "--crop-size" if "crop" in config.preprocess else "--load-size"
     if config.preprocess == "none":
         flag = "--preprocess resize_and_crop --crop-size"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fastgan.data.augment import OutputRange, from_tensor
 from fastgan.data.dataset import Data
 from fastgan.data.images import write_image
+from fastgan.data.labelled import has_classes, other_labels
 from fastgan.generative import draw
 from fastgan.models import translate_any_size
 from fastgan.models.srgan import enlarge, reduce
@@ -33,7 +34,9 @@ def sample_columns(recipe: Recipe, nets: Nets, data: Data, *, device: torch.devi
     Args:
         nets: in evaluation mode.
     """
-    columns = _translated if recipe.directions else _drawn
+    columns = _drawn
+    if recipe.directions:
+        columns = _by_label if recipe.labelled else _translated
     return columns(recipe, nets, data, device)
 
 
@@ -65,6 +68,22 @@ def _translated(recipe: Recipe, nets: Nets, data: Data, device: torch.device) ->
     if recipe.paired:
         columns["true B"] = _stack(show("B"))
     return columns
+
+
+def _by_label(recipe: Recipe, nets: Nets, data: Data, device: torch.device) -> dict[str, Tensor]:
+    """The input and its translation to each label (the first 10); of attributes each one changed."""
+    test, classes = data.shown, has_classes(data)
+    assert test.labels is not None
+    (way,) = recipe.directions.values()
+    net, rows = recipe.translator(nets, way), []
+    for k in range(min(IMAGES, test.len_A)):
+        x = test.images("A", k, k + 1, device=device, output_range=recipe.config.output)
+        labels = torch.from_numpy(other_labels(test.labels[k], data.labels, classes=classes)[:COLUMNS])
+        fakes = translate_any_size(net, x.expand(len(labels), -1, -1, -1), labels.to(device))
+        rows.append(torch.cat([x, fakes.to(x.dtype)]))
+    changed = "" if classes else " changed"
+    captions = ["A", *(f"{way.net}(A, {name}{changed})" for name in data.labels[:COLUMNS])]
+    return {caption: _stack([row[k : k + 1] for row in rows]) for k, caption in enumerate(captions)}
 
 
 def _in_styles(net: nn.Module, target: str, images: list[Tensor], size: int) -> dict[str, Tensor]:

@@ -81,6 +81,7 @@ def open_images(recipe: Recipe, run: Path, *, progress: bool) -> Data:
     if recipe.domains == ("A",):
         return open_labelled(
             c.data, labelled=recipe.labelled, attributes=getattr(c, "attributes", ()), channels=c.channels,
+            digits=getattr(recipe, "digits", "ink"), classes=getattr(recipe, "classes", False),
             geometry=Geometry(c.preprocess, c.load_size, c.crop_size), flip=c.flip, serial=c.serial,
             limits=c.range_a, pages=c.pages, max_images=c.max_images, skip_bad=c.skip_bad,
             cache=run / "cache" if c.data else None, progress=progress,
@@ -231,7 +232,8 @@ class Trainer:
             raise UsageError(
                 f"--preprocess {c.preprocess} leaves images of unequal size: use --batch-size 1{alone}"
             )
-        if getattr(c, "lambda_identity", 0) > 0 and data.channels[0] != data.channels[1]:
+        two = "B" in self.recipe.domains
+        if two and getattr(c, "lambda_identity", 0) > 0 and data.channels[0] != data.channels[1]:
             a, b = data.channels
             raise UsageError(
                 f"A has {a} channels and B {b}: the identity loss needs equal ones, add --lambda-identity 0"

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from fastgan import files
-from fastgan.checkpoint import CheckpointError
+from fastgan.checkpoint import EACH, CheckpointError, Label
 from fastgan.config import UsageError, fail, parse
 from fastgan.data.images import DataError, read_images
 from fastgan.files import Output, Report
@@ -29,6 +29,7 @@ class Arguments(Output):
     input: tyro.conf.Positional[Path]  # image or folder of images
     output: tyro.conf.Positional[Path]  # image or folder
     direction: Literal["AtoB", "BtoA"] | None = None  # in terms of the data folder; default: as trained
+    to: tuple[str, ...] | None = None  # names of the labels that are 1; all: one result of each, NAME_<label>
     label: tuple[float, ...] | None = None  # one number per label, for StarGAN
     style: int | None = None  # results of each image in random styles, for MUNIT: NAME_000 and so on
     reference: Path | None = None  # image of the target domain whose style all results get, for MUNIT
@@ -39,9 +40,17 @@ class Arguments(Output):
 
 
 def translate(
-    generator: Generator, source: Path, target: Path, how: Output | None = None, ranks: Ranks | None = None
+    generator: Generator,
+    source: Path,
+    target: Path,
+    how: Output | None = None,
+    ranks: Ranks | None = None,
+    *,
+    each: bool = False,
 ) -> Report:
     """Translate a file or every image below a folder, keeping names; of several ranks each does its share.
+
+    each: to every label that the generator knows.
 
     Raises:
         DataError: nothing to translate, or the target would overwrite the source.
@@ -50,7 +59,7 @@ def translate(
     how = how or Output()
     # before anything is read or made
     files.check(generator, how)
-    jobs = files.plan(source, target, how)
+    jobs = files.plan(source, target, how, generator.labels.names if each else ())
     mine = jobs[ranks.rank :: ranks.size] if ranks else jobs
     show = len(jobs) > 1 and sys.stderr.isatty() and (ranks is None or ranks.first)
     return files.translate_files(generator, mine, how, progress=show)
@@ -65,6 +74,12 @@ def _in_styles(given: Arguments, generator: Generator, count: int) -> Arguments:
     if given.samples != 1:
         raise UsageError("--style is the number of results: leave --samples out")
     return replace(given, samples=count)
+
+
+def _label(given: Arguments) -> Label | None:
+    if given.to and given.label:
+        raise UsageError("give --to NAME or --label NUMBERS, not both")
+    return given.to or given.label
 
 
 def _together(report: Report, ranks: Ranks) -> Report:
@@ -90,14 +105,17 @@ def main(args: Sequence[str] | None = None) -> None:
             torch.set_num_threads(max(1, torch.get_num_threads() // ranks.local_size))
         reference = None if given.reference is None else read_images(given.reference)[0]
         generator = load_generator(
-            given.run, given.direction, label=given.label, style=reference, device=given.device,
+            given.run, given.direction, label=_label(given), style=reference, device=given.device,
             precision=given.precision, dropout_at_test=given.dropout_at_test,
             bn_stats=given.bn_stats or "running", ranks=ranks,
         )  # fmt: skip
         if given.style is not None:
             given = _in_styles(given, generator, given.style)
         speaks = ranks is None or ranks.first
-        report = translate(generator, given.input, given.output, given, ranks)
+        each = given.to == (EACH,) and EACH not in generator.labels.names
+        if each and not generator.labels.classes:
+            raise UsageError(f"--to all is for classes: say which labels of {generator.name} are 1")
+        report = translate(generator, given.input, given.output, given, ranks, each=each)
         report = _together(report, ranks) if ranks else report
     except (UsageError, DataError, CheckpointError, LostRank) as error:
         fail(error)

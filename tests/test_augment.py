@@ -49,6 +49,22 @@ def _upstream_size(mode: str, width: int, height: int, load: int, crop: int) -> 
     return width, height
 
 
+@pytest.mark.parametrize("size", [(40, 50), (218, 178), (45, 36)])
+def test_a_square_is_cut_before_it_is_resized(tmp_path: Path, size: tuple[int, int]) -> None:
+    """As StarGAN's code does: CelebA's 178x218 are cut to 178x178; its resize alone is bilinear."""
+    image, side = _random(*size), min(size)
+    _write(tmp_path, {f"{name}/0.png": image for name in ("trainA", "trainB", "testA", "testB")})
+    data = open_data(
+        tmp_path, paired=False, preprocess="square_and_crop", load_size=32, crop_size=32, flip=False
+    )
+    left, top = (size[1] - side) // 2, (size[0] - side) // 2
+    wanted = Image.fromarray(image).crop((left, top, left + side, top + side))
+    wanted = np.asarray(wanted.resize((32, 32), Image.Resampling.BICUBIC))
+    for split in (data.train, data.test):
+        assert np.array_equal(_values(data, split.test_batch(0, 1))[0], wanted)
+    assert np.array_equal(_values(data, data.train.batch(0, 1, seed=0))[0], wanted)
+
+
 MODES = ["resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "scale_shortside_and_crop", "none"]
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 import fastgan
 from fastgan import demo
-from fastgan.checkpoint import choices, write_weights
+from fastgan.checkpoint import Labels, choices, write_weights
 from fastgan.data.images import DataError, read_images, write_image
 from fastgan.models import SRCNN, ResnetGenerator, StarGANGenerator
 
@@ -313,20 +313,20 @@ def test_previews_are_8_bit() -> None:
 
 
 def test_choices(weights: Path, tmp_path: Path) -> None:
-    assert choices(weights) == (("AtoB", "BtoA"), 0)
-    assert choices(weights / "latest_net_G_A.pth") == ((), 0)
+    assert choices(weights) == (("AtoB", "BtoA"), Labels())
+    assert choices(weights / "latest_net_G_A.pth") == ((), Labels())
     run = tmp_path / "run/checkpoints/step_00000001"
     about = {"settings": {"direction": "BtoA", "output": "tanh"}}
     state = ResnetGenerator(3, 3, ngf=2, blocks=1).state_dict()
     for name in ("G", "state"):
         write_weights(run / f"{name}.safetensors", state, about)
-    assert choices(tmp_path / "run") == (("BtoA",), 0)
+    assert choices(tmp_path / "run") == (("BtoA",), Labels())
     for name in ("G_A", "G_B"):
         (run / "G.safetensors").exists() and (run / "G.safetensors").unlink()
         write_weights(run / f"{name}.safetensors", state, about)
-    assert choices(tmp_path / "run") == (("BtoA", "AtoB"), 0)
+    assert choices(tmp_path / "run") == (("BtoA", "AtoB"), Labels())
     torch.save(state, tmp_path / "latest_net_G.pth")
-    assert choices(tmp_path) == ((), 0)
+    assert choices(tmp_path) == ((), Labels())
 
 
 def test_labels(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_labels(tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "9-G.ckpt")
     write_image(tmp_path / "in.png", NOISE)
     desk = demo.Desk(given(tmp_path / "9-G.ckpt"), tmp_path)
-    assert desk.labels == 4 and desk.directions == () and not desk.tiles
+    assert desk.labels == Labels(("1", "2", "3", "4")) and desk.directions == () and not desk.tiles
     for chosen, label in (([0, 2], [1, 0, 1, 0]), ([], [0] * 4)):
         files = desk.translate(str(tmp_path / "in.png"), None, chosen, 0)[1]
         expected = load(tmp_path / "9-G.ckpt", None, label=label)(NOISE)

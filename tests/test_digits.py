@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from fastgan.data.digits import CREDIT, DigitSet, load_scans, make_digits
+from fastgan.data.digits import COLOURS, CREDIT, DigitSet, load_scans, make_colours, make_digits
 
 
 def _digest(digits: DigitSet) -> str:
@@ -107,3 +107,22 @@ def test_bad_arguments_are_refused(arguments: tuple[str, int]) -> None:
     split, size = arguments
     with pytest.raises(ValueError, match="make_digits: "):
         make_digits(split, paired=True, size=size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [("train", "3637392848892fb45eb3aa08852c6ddd"), ("test", "f2b83cc9c930af78242a4d9a27aaf8e5")],
+)
+def test_coloured_digits_are_the_same_for_ever(split: str, digest: str) -> None:
+    found, digits = make_colours(split), make_digits(split, paired=True)  # type: ignore[arg-type]
+    sha = hashlib.sha256(found.images.tobytes() + found.colours.tobytes())
+    assert sha.hexdigest()[:32] == digest
+    assert np.array_equal(found.digits, digits.labels_A) and np.array_equal(found.ink, digits.ink_A)
+    palette = np.array(list(COLOURS.values()))
+    for image, colour, ink in zip(found.images, found.colours, found.ink):
+        assert (image[ink == 0] == 255).all() and (image[ink == 1] == palette[colour]).all()
+    # every colour about as often as the others, among all digits
+    counts = np.array([np.bincount(found.colours[found.digits == k], minlength=5) for k in range(10)])
+    assert counts.min() > 0 and np.abs(counts.sum(0) / len(found.colours) - 0.2).max() < 0.06
+    away = np.linalg.norm(palette[:, None] - palette, axis=2)[~np.eye(5, dtype=bool)]
+    assert away.min() > 136

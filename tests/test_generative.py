@@ -127,7 +127,7 @@ def test_images_for_fid_have_the_labels_of_the_training_images(monkeypatch: pyte
     data = open_labelled(None, labelled=True, geometry=Geometry("none", 32, 32), max_images=25)
     recipe, _ = make("cgan")
     system = System.of(recipe, {"G": Real(data.train, True)}, data, CPU)
-    assert system.has() == {"inception", "drawn"}
+    assert system.has() == {"inception", "drawn", "labels"}
     drawn.measure_drawn(system, Tools({"fid"}, inception={}), found := Found())
     fake, real = taken
     assert len(fake) == len(real) == data.train.len_A and not found.values

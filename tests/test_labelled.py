@@ -13,7 +13,7 @@ from PIL import Image
 from fastgan.data import Loader, Resident
 from fastgan.data.augment import Geometry
 from fastgan.data.dataset import Data
-from fastgan.data.digits import make_digits
+from fastgan.data.digits import COLOURS, make_colours, make_digits
 from fastgan.data.images import DataError
 from fastgan.data.labelled import open_labelled
 
@@ -139,7 +139,7 @@ def test_what_is_wrong_with_folders(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=says):
             opened(tmp_path / root, **options)
     assert opened(tmp_path / "one", labelled=False).labels == []
-    for options in ({"channels": 2}, {"attributes": ("Bald",)}):
+    for options in ({"channels": 2}, {"attributes": ("Bald",)}, {"channels": 2, "digits": "colours"}):
         with pytest.raises(DataError, match="digits have"):
             opened(None, **options)
 
@@ -181,4 +181,11 @@ def test_digits() -> None:
     images = data.test.images("A", 0, 5)[:, 0].numpy()
     np.testing.assert_allclose((images + 1) / 2, truth.ink_A[:5], atol=1e-6)
     assert data.test.labels is not None and (data.test.labels.argmax(1) == truth.labels_A).all()
+    colours = opened(None, digits="colours")
+    assert colours.labels == list(COLOURS) and colours.channels == (3, 5)
+    assert colours.test.labels is not None
+    assert (colours.test.labels.argmax(1) == make_colours("test").colours).all()
+    shown = ((colours.test.images("A", 0, 9) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert (shown == make_colours("test").images[:9]).all()
+    assert opened(None, digits="colours", channels=1).train.batch(0, 2, seed=0)["A"].shape[1] == 1
     assert opened(None, channels=3, max_images=7).train.batch(0, 2, seed=0)["A"].shape == (2, 3, 32, 32)

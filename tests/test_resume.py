@@ -23,6 +23,7 @@ SMALL = {
     "wgan-gp": "--n-critic 2",
     "discogan": "--lambda-features 1 --curriculum 4 --ema 0.9 --accumulate 2",
     "pan": "--batch-size 3",
+    "stargan": "--blocks 1 --ema 0.9 --n-critic 2 --n-gen 2",
     "munit": "--blocks 1 --mlp-size 8 --ema 0.9 --pool-size 3 --lambda-cycle 1",
     "srgan": "--blocks 1 --ema 0.9 --lr-policy step",
     # more steps than it remembers

@@ -6,6 +6,7 @@ Sizes follow the original release (and CUT for scale_shortside). Training, befor
     crop                       as it is
     scale_width[_and_crop]     width load_size, height in proportion but at least crop_size
     scale_shortside_and_crop   enlarged until the shorter side is load_size; larger images stay
+    square_and_crop            the largest square in the centre, to load_size x load_size
     none                       each side rounded to a multiple of 4
 
 Testing: the same with load_size = crop_size and the crop in the centre. Resizing is Pillow's antialiased
@@ -23,11 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastgan.config import Preprocess
 from fastgan.data.images import DataError
 
-Preprocess = Literal[
-    "resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "scale_shortside_and_crop", "none"
-]
 OutputRange = Literal["tanh", "sigmoid"]
 _MODES: tuple[str, ...] = get_args(Preprocess)
 
@@ -58,10 +57,14 @@ class Geometry:
         """Return the rule for test images."""
         return Geometry(self.preprocess, self.crop_size, self.crop_size)
 
+    def part(self, image: np.ndarray) -> np.ndarray:
+        """Return the part of (H, W, C) that is resized."""
+        return centre_crop(image, min(image.shape[:2]) if self.preprocess == "square_and_crop" else None)
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) an image is resized to."""
         mode, load = self.preprocess, self.load_size
-        if mode == "resize_and_crop":
+        if mode in ("resize_and_crop", "square_and_crop"):
             return load, load
         if mode.startswith("scale_width"):
             if width == load and height >= self.crop_size:

@@ -14,6 +14,9 @@ same shapes, and a translator has to move the colour between digit and backgroun
 redrawn until its luminance (ITU-R BT.601) is at most 0.6, so that it stands out from white, and its largest
 and smallest component differ by at least 0.25, so that there is a hue to carry over.
 
+For translation between labels (`make_colours`) a digit is drawn on white in one of five colours, which is its
+label: COLOURS, at least 136 steps of 255 apart (Euclidean) and dark enough to be read.
+
 Everything is integer arithmetic on the raw output of PCG64, whose stream numpy guarantees (that of Generator
 methods it does not), so the same bytes come out on every machine and with every version.
 """
@@ -29,7 +32,14 @@ CREDIT = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, "
     "1998, https://doi.org/10.24432/C50P49, CC BY 4.0 (changed: upsampled and coloured)"
 )
-_SPLIT_SEED, _DOMAIN_SEED, _COLOUR_SEED = 1797, 1798, 1799
+_SPLIT_SEED, _DOMAIN_SEED, _COLOUR_SEED, _LABEL_SEED = 1797, 1798, 1799, 1800
+COLOURS = {
+    "red": (225, 30, 30),
+    "green": (0, 150, 50),
+    "blue": (30, 60, 230),
+    "orange": (255, 160, 0),
+    "magenta": (215, 0, 215),
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,29 @@ def make_digits(split: Literal["train", "test"], *, paired: bool, size: int = 32
         ink_A=ink_a.astype(np.float32) / np.float32(255),
         ink_B=ink_b.astype(np.float32) / np.float32(255),
     )
+
+
+@dataclass(frozen=True)
+class ColouredDigits:
+    """Images (N, size, size, 3) uint8; digits, and colours as numbers of COLOURS, (N,) uint8; ink (N, size,
+    size) float32 in 0..1."""
+
+    images: np.ndarray
+    digits: np.ndarray
+    colours: np.ndarray
+    ink: np.ndarray
+
+
+def make_colours(split: Literal["train", "test"], *, size: int = 32) -> ColouredDigits:
+    """Draw the digits of one split of `make_digits`, paired, on white, each in one of COLOURS at random."""
+    digits = make_digits(split, paired=True, size=size)
+    level = np.rint(digits.ink_A * 255).astype(np.uint8)
+    # a seed for each split: no digit depends on how many there are of the others
+    draws = np.random.PCG64(_LABEL_SEED + (split == "test")).random_raw(len(level))
+    colours = (draws % len(COLOURS)).astype(np.uint8)
+    palette = np.array(list(COLOURS.values()), np.uint8)
+    images = _blend(level, palette[colours], np.uint8(255))
+    return ColouredDigits(images, digits.labels_A, colours, digits.ink_A)
 
 
 @lru_cache(maxsize=1)

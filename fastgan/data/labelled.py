@@ -1,10 +1,12 @@
-"""Images of one domain, with labels where there are some: class folders, an attribute list, or the digits.
+"""Images of one domain, with labels where there are some: class folders, an attribute list, or the digits,
+labelled by what they are or by their colours.
 
 A label is a row of float32: one-hot for classes, 0 or 1 an attribute. Layouts: `folders.find_labelled`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +14,13 @@ import numpy as np
 
 from fastgan.data.augment import Geometry, match_channels
 from fastgan.data.dataset import Data, Range, Split, ranges_of
-from fastgan.data.digits import make_digits
+from fastgan.data.digits import COLOURS, make_colours, make_digits
 from fastgan.data.folders import Files, Labels, Layout, find_labelled
 from fastgan.data.images import DataError, Pages
 from fastgan.data.reading import Wanted, read_folder
 from fastgan.data.store import Images
+
+HAIR = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")  # attributes that exclude each other
 
 
 def open_labelled(
@@ -24,6 +28,8 @@ def open_labelled(
     *,
     labelled: bool,
     geometry: Geometry,
+    digits: Literal["ink", "colours"] = "ink",
+    classes: bool = False,
     attributes: tuple[str, ...] = (),
     channels: int | None = None,
     flip: bool = True,
@@ -36,11 +42,13 @@ def open_labelled(
     progress: bool = False,
     whole_tests: bool = False,
 ) -> Data:
-    """Find, check and decode the images below a folder as domain A, or draw the embedded digits, white on
-    black, where root is None.
+    """Find, check and decode the images below a folder as domain A, or draw the embedded digits where root is
+    None.
 
     Args:
         labelled: whether there must be labels; where there are some they come along in any case.
+        digits: "ink": white on black, labels "0" to "9"; "colours": see `fastgan.data.digits.make_colours`.
+        classes: whether an attribute list must have `attributes`, as a label without them is a class.
         attributes: names of the numbers of a label, in order; default: all. For attribute lists alone.
         max_images: the first ones of every class.
         whole_tests: test images are not cropped, and may be smaller than a crop.
@@ -53,8 +61,7 @@ def open_labelled(
     if root is None:
         if attributes:
             raise DataError("--attributes: the digits have none; give --data with an attribute list")
-        stores, table = _digits(channels, max_images)
-        labels = Labels(tuple("0123456789"), table)
+        stores, labels = _digits(digits, channels, max_images)
     else:
         layout, labels = find_labelled(root, attributes=attributes, skip_bad=skip_bad, notes=notes)
         if labelled and not labels.names:
@@ -62,6 +69,9 @@ def open_labelled(
                 f"{root}: no labels; put the images into a folder per class, train/CLASS/*.png, or a "
                 "list_attr*.txt beside them"
             )
+        if classes and not labels.classes and not attributes:
+            some = ", ".join(labels.names[:40])
+            raise DataError(f"{root}: an attribute list: choose with --attributes NAME NAME ... of {some}")
         layout = _first(layout, labels, max_images)
         wanted = Wanted(False, (channels, channels), geometry, pages, None, skip_bad, whole_tests)
         stores = read_folder(root, wanted, cache, progress, notes, layout)
@@ -86,6 +96,36 @@ def open_labelled(
     )  # fmt: skip
 
 
+def has_classes(data: Data) -> bool:
+    """Whether every image has exactly one label."""
+    labels = data.train.labels
+    return labels is not None and labels.shape[1] > 1 and bool((labels.sum(1) == 1).all())
+
+
+def other_labels(own: np.ndarray, names: Sequence[str], *, classes: bool) -> np.ndarray:
+    """The labels (names, names) that an image may be translated to, one a name, as StarGAN's code has them.
+
+    Of classes row k is class k. Of attributes it is the image's own label with number k changed; a colour of
+    the hair takes the place of the others, and stays where it is the image's own.
+
+    Args:
+        own: the label of the image, (names,).
+        names: what its numbers mean.
+        classes: exactly one number is 1.
+    """
+    if classes:
+        return np.eye(len(names), dtype=np.float32)
+    hair = np.array([name in HAIR for name in names])
+    rows = np.repeat(own[None], len(names), 0).astype(np.float32)
+    for k, row in enumerate(rows):
+        if hair[k]:
+            row[hair] = 0
+            row[k] = 1
+        else:
+            row[k] = 1 - row[k]
+    return rows
+
+
 def _first(layout: Layout, labels: Labels, count: int | None) -> Layout:
     """The first images of every class, of all images where they have none."""
     if count is None:
@@ -102,20 +142,31 @@ def _first(layout: Layout, labels: Labels, count: int | None) -> Layout:
     return Layout(layout.kind, splits[0], splits[1], layout.test_name)
 
 
-def _digits(channels: int | None, max_images: int | None) -> tuple[dict[str, Images], dict[str, np.ndarray]]:
-    """The ink of all digits of a split, and their classes by name."""
+def _digits(
+    kind: Literal["ink", "colours"], channels: int | None, max_images: int | None
+) -> tuple[dict[str, Images], Labels]:
+    """All digits of both splits, and their labels."""
     stores: dict[str, Images] = {}
     table: dict[str, np.ndarray] = {}
     splits: tuple[Literal["train", "test"], ...] = ("train", "test")
+    names = tuple("0123456789") if kind == "ink" else tuple(COLOURS)
     for split in splits:
-        digits = make_digits(split, paired=True)
-        ink = np.rint(digits.ink_A[:max_images, ..., None] * 255).astype(np.uint8)
-        images = [match_channels(image, channels or 1) for image in ink]
+        if kind == "ink":
+            plain = make_digits(split, paired=True)
+            pixels = np.rint(plain.ink_A[..., None] * 255).astype(np.uint8)
+            numbers = plain.labels_A
+        else:
+            coloured = make_colours(split)
+            pixels, numbers = coloured.images, coloured.colours
+        own = pixels.shape[3]
+        images = [match_channels(image, channels or own) for image in pixels[:max_images]]
         if images[0] is None:
-            raise DataError(f"--channels {channels}: the digits have 1 channel, or 3 as RGB")
-        names = [f"{split}/{i:04d}" for i in range(len(ink))]
-        about = {"names": names, "channels": channels or 1, "dtype": "|u1", "low": 0.0, "high": 255.0}
-        index = np.array([(i, 32, 32) for i in range(len(ink))], np.int64)
+            other = "3 as RGB" if own == 1 else "1 as grey"
+            has = f"{own} channel{'s' if own > 1 else ''}, or {other}"
+            raise DataError(f"--channels {channels}: the digits have {has}")
+        keys = [f"{split}/{i:04d}" for i in range(len(images))]
+        about = {"names": keys, "channels": channels or own, "dtype": "|u1", "low": 0.0, "high": 255.0}
+        index = np.array([(i, 32, 32) for i in range(len(images))], np.int64)
         stores[f"{split}_A"] = Images([image for image in images if image is not None], index, about)
-        table |= dict(zip(names, np.eye(10, dtype=np.float32)[digits.labels_A]))
-    return stores, table
+        table |= dict(zip(keys, np.eye(len(names), dtype=np.float32)[numbers]))
+    return stores, Labels(names, table)

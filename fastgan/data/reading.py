@@ -279,7 +279,8 @@ def _prepared(image: np.ndarray, source: Source, rules: Rules, domain: int) -> n
     typed = match_dtype(right, rules.dtypes[domain])
     if typed is None:
         raise DataError(f"{path}: holds {image.dtype}, other images of the domain {rules.dtypes[domain]}")
-    image = resize(np.ascontiguousarray(typed), geometry.size(*typed.shape[:2]))
+    part = geometry.part(typed)
+    image = resize(np.ascontiguousarray(part), geometry.size(*part.shape[:2]))
     height, width = image.shape[:2]
     side = geometry.crop
     if side is not None and min(height, width) < side:

@@ -31,7 +31,7 @@ def measure_drawn(system: System, tools: Tools, found: Found) -> None:
     those."""
     assert system.recipe is not None
     recipe, train = system.recipe, system.data.train
-    if any(MEASURES[name].needs == "drawn" for name in tools.names):
+    if any(MEASURES[name].needs in ("drawn", "labels") for name in tools.names):
         found.values |= measure_generated(recipe, system.nets, system.data, system.device)
     if tools.inception is None:
         return

@@ -15,6 +15,7 @@ from fastgan.config import Config, UsageError
 from fastgan.data.dataset import Data
 from fastgan.measure.drawn import measure_drawn
 from fastgan.measure.enlarging import measure_enlarging
+from fastgan.measure.labels import measure_labels
 from fastgan.measure.system import Found, System
 from fastgan.measure.tools import Tools, prepare
 from fastgan.measure.ways import measure_way
@@ -40,6 +41,8 @@ def measure(system: System, tools: Tools) -> Found:
         for way in system.ways:
             if system.scale > 1:
                 measure_enlarging(system, tools, way, found)
+            elif system.labelled:
+                measure_labels(system, tools, way, found)
             else:
                 measure_way(system, tools, way, found, way.target == target)
         if not system.ways:

@@ -12,7 +12,9 @@ from torch import Tensor
 from fastgan import metrics
 from fastgan.config import Config
 from fastgan.data.dataset import Data, Split
+from fastgan.data.digits import COLOURS
 from fastgan.data.folders import find_layout
+from fastgan.data.labelled import has_classes
 from fastgan.models import translate_any_size
 from fastgan.recipes.base import Direction, Nets, Recipe
 
@@ -44,9 +46,14 @@ class System:
     def has(self) -> set[str]:
         """Which of `NEEDS` this system meets without further flags."""
         if not self.ways:
-            return {"inception"} | ({"drawn"} if has_classes(self.data) else set())
+            known = has_classes(self.data)
+            named = known and self.recipe is not None and self.recipe.labelled
+            return {"inception"} | ({"drawn"} if known else set()) | ({"labels"} if named else set())
         if self.scale > 1:
             return {"pairs", "enlarged"}
+        if self.labelled:
+            coloured = self.digits and self.data.labels == list(COLOURS)
+            return {"labels", "colours"} if coloured else {"labels"}
         back = any(way.back for way in self.ways)
         classes = self.digits or bool(class_names(self.data))
         styles = self.digits and any(self.style_size(way) for way in self.ways)
@@ -65,10 +72,16 @@ class System:
             return self.recipe.noise.get(f"style_{way.target}", 0)
         return int(getattr(self.nets[way.net], "style_size", 0))
 
-    def translated(self, way: Direction, x: Tensor) -> Tensor:
-        """Images of any size, one way."""
+    @property
+    def labelled(self) -> bool:
+        """Whether images are translated between labels."""
+        known = self.data.train.labels is not None and bool(self.ways)
+        return known and (self.recipe is None or self.recipe.labelled)
+
+    def translated(self, way: Direction, x: Tensor, *given: Tensor) -> Tensor:
+        """Images of any size, one way. given: labels, of a system that takes some."""
         net = self.recipe.translator(self.nets, way) if self.recipe else self.nets[way.net]
-        return translate_any_size(net, x)
+        return translate_any_size(net, x, *given)
 
     @property
     def scale(self) -> int:
@@ -104,9 +117,3 @@ def class_names(data: Data) -> list[str]:
     return metrics.class_folders(
         data.train.names_A, data.train.names_B, data.shown.names_A, data.shown.names_B
     )
-
-
-def has_classes(data: Data) -> bool:
-    """Whether every image has exactly one label."""
-    labels = data.train.labels
-    return labels is not None and labels.shape[1] > 1 and bool((labels.sum(1) == 1).all())

@@ -18,12 +18,8 @@ from fastgan.config import UsageError
 from fastgan.metrics import MEASURES, NEEDS, measure_of
 from fastgan.metrics.learned import INCEPTION, fetch, recognise
 
-HEAVY = (
-    "digits",
-    "classes",
-    "drawn",
-    "styles",
-)  # needs of measures that train a classifier: in training only by name
+# needs of measures that train a classifier: in training only by name
+HEAVY = ("digits", "classes", "drawn", "styles", "labels", "colours")
 
 
 @dataclass

@@ -19,11 +19,11 @@ def train_classifier(
 
     Args:
         x: training images.
-        labels: (N,) integers below `classes`.
-        classes: number of classes.
+        labels: (N,) integers below `classes`, or (N, classes) in 0..1 of attributes, each read on its own.
+        classes: number of classes or attributes.
         epochs: passes over the images, each shifted by up to 2 pixels at random.
         seed: of weights, order and shifts.
-        smoothing: share of the target that goes to all classes evenly.
+        smoothing: share of the target that goes to all classes evenly; not of attributes.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -41,7 +41,10 @@ def train_classifier(
             for index in torch.randperm(len(x))[: len(x) // 64 * 64 or len(x)].split(64):
                 dy, dx = torch.randint(-2, 3, (2,)).tolist()
                 image = torch.roll(x[index].float(), (dy, dx), (2, 3))
-                loss = F.cross_entropy(net(image), labels[index].long(), label_smoothing=smoothing)
+                if labels.ndim == 2:
+                    loss = F.binary_cross_entropy_with_logits(net(image), labels[index].float())
+                else:
+                    loss = F.cross_entropy(net(image), labels[index].long(), label_smoothing=smoothing)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -46,7 +46,10 @@ MEASURES = {
     "class_share_min": Measure(True, "drawn"),
     "class_share_max": Measure(False, "drawn"),
     "class_accuracy_real": Measure(None, "drawn"),
-    "label_accuracy": Measure(True, "drawn"),
+    "label_accuracy": Measure(True, "labels"),
+    "label_accuracy_real": Measure(None, "labels"),
+    "colour_accuracy": Measure(True, "colours"),
+    "digit_accuracy": Measure(True, "colours"),
 }
 NEEDS = {
     "pairs": "pairs: data for pix2pix, or A and B side by side in one image",
@@ -58,6 +61,8 @@ NEEDS = {
     "classes": "known classes: the embedded digits, or a folder a class, the same ones in both domains",
     "samples": "--samples of at least 2, and a generator",
     "drawn": "a generator of images from noise, and classes",
+    "labels": "a generator that takes a label, and images with labels",
+    "colours": "the embedded digits in colours, as stargan has them",
     "inception": "images of both domains",
     "alexnet": "pairs, or --samples of at least 2",
 }

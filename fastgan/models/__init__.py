@@ -14,7 +14,7 @@ from fastgan.models.pan import PANDiscriminator, PANGenerator
 from fastgan.models.patchgan import PatchDiscriminator
 from fastgan.models.resnet import ResnetGenerator
 from fastgan.models.srgan import SRCNN, SRGANDiscriminator, SRResNet
-from fastgan.models.stargan import StarGANGenerator
+from fastgan.models.stargan import StarGANDiscriminator, StarGANGenerator
 from fastgan.models.unet import UnetGenerator
 
 GENERATORS = ("resnet", "unet", "encdec", "stargan", "discogan", "pan", "munit", "srresnet", "srcnn")
@@ -31,6 +31,7 @@ __all__ = [
     "SRCNN",
     "SRGANDiscriminator",
     "SRResNet",
+    "StarGANDiscriminator",
     "StarGANGenerator",
     "UnetGenerator",
     "build",
@@ -54,6 +55,8 @@ def build(description: Mapping[str, Any]) -> nn.Module:
         return UnetGenerator(**kwargs, skips=kind == "unet")
     if kind == "stargan":
         return StarGANGenerator(**kwargs)
+    if kind == "stargan-d":
+        return StarGANDiscriminator(**kwargs)
     if kind == "discogan":
         return DiscoGANGenerator(**kwargs)
     if kind == "pan":
@@ -69,15 +72,15 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     raise ValueError(f"build: network must be {', '.join(GENERATORS)} or patchgan, got {kind}")
 
 
-def translate_any_size(net: nn.Module, x: Tensor) -> Tensor:
+def translate_any_size(net: nn.Module, x: Tensor, *given: Tensor) -> Tensor:
     """Apply a generator to (N, C, H, W) of any size: pad bottom and right to what it divides, crop back to
-    the size, `net.scale` times as large where it has one."""
+    the size, `net.scale` times as large where it has one. given: what it takes besides, such as labels."""
     h, w = x.shape[-2:]
     bottom, right, mode = missing_pixels(net, h, w)
     if bottom or right:
         x = F.pad(x, (0, right, 0, bottom), mode=mode)
     scale = int(getattr(net, "scale", 1))
-    return net(x)[..., : scale * h, : scale * w]
+    return net(x, *given)[..., : scale * h, : scale * w]
 
 
 def missing_pixels(net: nn.Module, h: int, w: int) -> tuple[int, int, str]:

@@ -13,9 +13,9 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Network and its arguments, read off the keys and shapes of a state dict.
 
     Returns:
-        "network" (resnet, unet, encdec, stargan, discogan, pan, munit, srresnet, srcnn, picture, patchgan)
-        and the keyword arguments of its class; {} where nothing fits. Dropout of a U-Net, reflect against
-        replicate padding and the scale of srcnn leave no trace.
+        "network" (resnet, unet, encdec, stargan, stargan-d, discogan, pan, munit, srresnet, srcnn, picture,
+        patchgan) and the keyword arguments of its class; {} where nothing fits. Dropout of a U-Net, reflect
+        against replicate padding and the scale of srcnn leave no trace.
     """
     conv = {k.removesuffix(".weight"): v for k, v in state.items() if k.endswith(".weight") and v.ndim == 4}
     has_batch = any(k.endswith("running_mean") for k in state)
@@ -54,6 +54,13 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         return {
             "network": "stargan", "channels": channels, "labels": entry.shape[1] - channels,
             "ngf": entry.shape[0], "blocks": sum(k.endswith(".main.0") for k in conv),
+        }  # fmt: skip
+    if {"main.0", "conv1", "conv2"} <= conv.keys():
+        entry, reader = conv["main.0"], conv["conv2"]
+        levels = sum(k.startswith("main.") for k in conv)
+        return {
+            "network": "stargan-d", "channels": entry.shape[1], "labels": reader.shape[0],
+            "size": reader.shape[2] * 2**levels, "ndf": entry.shape[0], "levels": levels,
         }  # fmt: skip
     # a run of layers, or blocks of them
     ups = sorted((k for k in conv if k.startswith("decoder.")), key=lambda k: int(k.split(".")[1]))

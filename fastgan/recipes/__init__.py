@@ -9,6 +9,7 @@ from fastgan.recipes.munit import MUNIT
 from fastgan.recipes.pan import PAN
 from fastgan.recipes.pix2pix import Pix2Pix
 from fastgan.recipes.srgan import SRGAN
+from fastgan.recipes.stargan import StarGAN
 from fastgan.recipes.style import Style
 from fastgan.recipes.wgan import WGAN
 from fastgan.recipes.wgan_gp import WGANGP
@@ -22,6 +23,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "wgan-gp": WGANGP,
     "discogan": DiscoGAN,
     "pan": PAN,
+    "stargan": StarGAN,
     "munit": MUNIT,
     "srgan": SRGAN,
     "style": Style,
