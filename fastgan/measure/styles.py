@@ -13,9 +13,8 @@ from fastgan.recipes.base import Direction
 STYLES = 8  # of each image
 
 
-def in_styles(system: System, way: Direction, x: Tensor, k: int) -> list[Tensor]:
-    """Test image k in `STYLES` styles, each (1, C, H, W) in 0..1; the styles depend on k alone."""
-    torch.manual_seed(k)
+def in_styles(system: System, way: Direction, x: Tensor) -> list[Tensor]:
+    """An image in the next `STYLES` styles of torch's generator, each (1, C, H, W) in 0..1."""
     return [system.unit(system.translated(way, x)) for _ in range(STYLES)]
 
 

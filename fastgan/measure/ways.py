@@ -31,6 +31,7 @@ def measure_way(system: System, tools: Tools, way: Direction, found: Found, labe
     for k in range(count):
         x = system.images(shown, way.source, k)
         if styled:
+            # its styles are its own, whatever else is measured
             torch.manual_seed(k)
         fake = system.translated(way, x)
         unit = system.unit(fake)
@@ -41,7 +42,7 @@ def measure_way(system: System, tools: Tools, way: Direction, found: Found, labe
         if spools:
             spools[0].append(unit)
         if keep:
-            kept += [metrics.small(each) for each in (in_styles(system, way, x, k) if styled else [unit])]
+            kept += [metrics.small(each) for each in (in_styles(system, way, x) if styled else [unit])]
         if tools.wants("diversity"):
             several_fakes = _samples(system, way, x, tools.samples)
             spread.append(metrics.mean_distance(several_fakes, tools.lpips or metrics.l1))
