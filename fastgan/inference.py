@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,9 +151,8 @@ class Generator:
             DataError: the network cannot run in tiles, and the image is too large for it.
         """
         free = free_bytes(self.device)
-        if hasattr(self.net, "reach"):
-            return self._local_tile(size, free)
-        tile = tiling.pick_tile(self.net, size, free)
+        local = hasattr(self.net, "reach")
+        tile = self._local_tile(size, free) if local else tiling.pick_tile(self.net, size, free)
         # below that no machine is too small; a GPU says itself that it is full, a system just ends a process
         if tile is None and free is not None and size[0] * size[1] > 2**21 and self.device.type == "cpu":
             need = translation_bytes(self.net, (self.channels[0], *size), self.autocast)
@@ -171,13 +171,16 @@ class Generator:
             reach = None
         if reach is None or free is None:
             return None
-        sample = 64
-        each = translation_bytes(self.net, (self.channels[0], sample, sample), self.autocast) / sample**2
         # the other half is left to the images and to other programs
-        most = free / 2 / each
+        most = free / 2 / self._bytes_of_a_pixel
         if size[0] * size[1] <= most:
             return None
         return next((side for side in (1024, 512, 256, 128) if (side + 2 * reach) ** 2 <= most), 64)
+
+    @functools.cached_property
+    def _bytes_of_a_pixel(self) -> float:
+        side = 64
+        return translation_bytes(self.net, (self.channels[0], side, side), self.autocast) / side**2
 
     def _in_tiles(
         self,

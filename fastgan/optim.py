@@ -184,7 +184,8 @@ class Adam(torch.optim.Adam):
 
 class LBFGS(torch.optim.LBFGS):
     """torch.optim.LBFGS without a line search, one iteration a step, from the gradients that are there: the
-    same updates as its own loop over `max_iter`.
+    same updates as its own loop over `max_iter`, of the loss times the number of values. That number changes
+    nothing but what torch compares with 1e-10: the gradient of a mean over a large image would stay below.
 
     It never stops by itself, and its state_dict holds tensors alone: the differences of the last gradients
     and of the last steps as one tensor each, (steps, values).
@@ -204,6 +205,9 @@ class LBFGS(torch.optim.LBFGS):
         """Update the parameters by their gradients."""
         # the loss would only be returned
         return super().step(closure or (lambda: 0.0))
+
+    def _gather_flat_grad(self) -> Tensor:
+        return super()._gather_flat_grad() * self._numel()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with tensors for lists and numbers."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import fastgan
-from fastgan import evaluate, export, train, translate
+from fastgan import evaluate, export, inference, train, translate
 from fastgan.checkpoint import write_weights
 from fastgan.config import UsageError
 from fastgan.data.images import read_picture
@@ -278,6 +278,16 @@ def test_tiles_are_exact(weights, name, scale):
     whole, tiles = (generator(x, tile=tile, dtype=np.float32) for tile in (None, 32))
     assert whole.shape == (70 * scale, 97 * scale, 3) and whole.std() > 0.01
     assert np.abs(whole - tiles).max() < 1e-5
+
+
+def test_tiles_are_chosen_by_the_free_memory(weights, monkeypatch):
+    """Whole where it fits into half of what is free; else the largest tiles that do, halo included."""
+    generator = load_generator(weights["g"], device="cpu", precision="fp32")
+    each = generator._bytes_of_a_pixel
+    assert 16 * 8 * 4 * 2 < each < 16 * 8 * 4 * 20
+    for side, expected in ((10_000, None), (900, 512), (100, 64), (10, 64)):
+        monkeypatch.setattr(inference, "free_bytes", lambda device, side=side: 2 * int(each * side**2))
+        assert generator._fitting_tile((1000, 1000)) == expected
 
 
 def test_tiles_need_statistics_of_training(weights):

@@ -77,7 +77,11 @@ def test_steps_are_those_of_lbfgs():
     nets = recipe.networks(3, 3)
     step = Step(recipe, nets, device=torch.device("cpu"))
     start = images["A"].clone()
-    expected = reference_lbfgs(lambda x: sum(twin.terms(x).values(), torch.zeros(())), start, 5, 0.8, 2)
+
+    def loss(x: Tensor) -> Tensor:
+        return start.numel() * sum(twin.terms(x).values(), torch.zeros(()))
+
+    expected = reference_lbfgs(loss, start, 5, 0.8, 2)
     for index, point in enumerate(expected):
         step([images], index)
         # relative to how far the picture has come
@@ -90,15 +94,15 @@ def test_steps_are_those_of_lbfgs():
 
 def test_one_iteration_a_step_is_torchs_loop():
     def loss(x: Tensor) -> Tensor:
-        return ((x - torch.arange(6.0)).square() * torch.arange(1.0, 7)).sum() + x.pow(4).sum() / 50
+        return ((x - torch.arange(8.0)).square() * torch.arange(1.0, 9)).sum() + x.pow(4).sum() / 50
 
-    mine, theirs = (torch.nn.Parameter(torch.full((6,), 0.5)) for _ in range(2))
+    mine, theirs = (torch.nn.Parameter(torch.full((8,), 0.5)) for _ in range(2))
     ours = LBFGS([mine], lr=0.5, history_size=3)
     torchs = torch.optim.LBFGS([theirs], lr=0.5, max_iter=12, history_size=3, max_eval=99)
 
     def closure() -> Tensor:
         torchs.zero_grad()
-        value = loss(theirs)
+        value = 8 * loss(theirs)
         value.backward()
         return value
 
@@ -114,6 +118,19 @@ def test_one_iteration_a_step_is_torchs_loop():
         loss(mine).backward()
         ours.step()
     assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("count", [200, 1_000_000])
+def test_a_mean_over_many_values_is_followed_as_one_over_few(count):
+    """Although each of its slopes is small."""
+    x = torch.nn.Parameter(torch.zeros(count))
+    goal, weights = torch.linspace(-1, 1, count), torch.linspace(1, 3, count)
+    optimizer = LBFGS([x])
+    for _ in range(25):
+        optimizer.zero_grad()
+        (weights * (x - goal).square() / 100).mean().backward()
+        optimizer.step()
+    assert (x - goal).abs().max() < 1e-3
 
 
 @pytest.fixture
