@@ -1,13 +1,14 @@
 """What the tests of instance_norm_act and batch_norm_act share: the formula in plain torch functions, its
 forms (act, dropout, padding, concatenation, weight sets), and the comparison with it."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastgan_kernels._op import runs_kernel
+from fastgan_kernels._op import INTERPRET, runs_kernel
 from fastgan_kernels._pointwise import keep_mask
 from torch import Tensor
 
@@ -39,6 +40,11 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 PADDED, CONCATENATED = FORMS[1], FORMS[4]
 CASES = [(SHAPE, form) for form in FORMS]
 CASES += [(shape, form) for shape in OTHER_SHAPES for form in (PADDED, CONCATENATED)]
+
+
+def crossed(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """All pairs; in the interpreter, which is slow, only the first with the first and so on."""
+    return [*zip(first, second)] if INTERPRET else [*itertools.product(first, second)]
 
 
 def make(

@@ -38,11 +38,7 @@ LARGE_SHAPES = [
     (1, 2, 131, 127),  # a plane larger than a program, in both layouts
     (1, 66, 33, 32),  # the same in channels_last only, with two blocks of channels
 ]
-# the interpreter is slow: one layout of each there
-LARGE = (
-    [*zip(LARGE_SHAPES, LAYOUTS)] if INTERPRET else [(s, layout) for s in LARGE_SHAPES for layout in LAYOUTS]
-)
-CASES += [(shape, OPTIONS[-1], layout) for shape, layout in LARGE]
+CASES += [(shape, OPTIONS[-1], layout) for shape, layout in norm_cases.crossed(LARGE_SHAPES, LAYOUTS)]
 # two blocks of channels, two steps of each chunk, the last chunk not full
 CHUNKED = PlaneTile(2, 8, 2, 3, 4)
 
@@ -194,8 +190,9 @@ def test_gradient_penalty(device):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [(False, False, "none"), (True, True, "relu")])
+@pytest.mark.parametrize(
+    "options, layout", norm_cases.crossed([(False, False, "none"), (True, True, "relu")], LAYOUTS)
+)
 def test_registration(options, layout, device):
     tensors = inputs((2, 3, 5, 4), options, torch.float32, layout, device)
     arguments = (*tensors, 1e-5, options[2], 0.2)
@@ -239,7 +236,9 @@ def op_of(names: list[str], options: dict[str, Any]) -> Any:
     return lambda *tensors: instance_norm_act(**dict(zip(names, tensors)), **options)
 
 
-@pytest.mark.parametrize("parts, options", [PADDED, CONCATENATED, FORMS[7]])
+@pytest.mark.parametrize(
+    "parts, options", [PADDED, CONCATENATED] if INTERPRET else [PADDED, CONCATENATED, FORMS[7]]
+)
 def test_registration_of_forms(parts, options, device):
     tensors = norm_cases.make((2, 3, 5, 4), parts, torch.float32, LAYOUTS[1], device)
     full = {"dropout": 0.0, "pad": 0, "padding_mode": "zeros", **options}

@@ -26,7 +26,7 @@ pytestmark = [
 
 
 # the longest first
-LONG = ["residual_block", "instance_norm_act", "gemm", "conv_norm_act"]
+LONG = ["instance_norm_act", "conv_norm_act", "batch_norm_act", "gemm", "residual_block"]
 NAMES = [*LONG, *sorted({*OPS, *PARTS} - {*LONG})]
 
 
