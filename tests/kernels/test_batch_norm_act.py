@@ -133,9 +133,9 @@ def test_parameters_follow_the_dtype_of_x(device):
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.sum(), (weight, bias)))
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("parts, options", [PLAIN, PADDED, CONCATENATED])
-def test_registration(parts, options, fixed, device):
+@pytest.mark.parametrize("form, fixed", norm_cases.crossed([CONCATENATED, PADDED, PLAIN], [False, True]))
+def test_registration(form, fixed, device):
+    parts, options = form
     tensors = norm_cases.make((2, 3, 5, 4), parts, torch.float32, LAYOUTS[1], device)
     names = ("x", "weight", "bias", "residual", "concat")
     x, weight, bias, residual, concat = (tensors.get(name) for name in names)
