@@ -309,10 +309,14 @@ class Labels(NamedTuple):
             return cls(tuple(str(k + 1) for k in range(count)))
         return cls(names, True, not about.get("settings", {}).get("attributes"))
 
+    def _parts(self, word: str) -> list[str]:
+        return [word] if word in self.names else word.split("+")
+
     def numbers(self, label: Label | None, file: Path) -> list[float]:
         """A label as numbers, [] for none; UsageError where it does not fit the generator of the file."""
         given: list[Any] = [label] if isinstance(label, str) else list(label or ())
-        words = [word for word in given if isinstance(word, str)]
+        # several attributes may also stand in one word
+        words = [part for word in given if isinstance(word, str) for part in self._parts(word)]
         if words and not self.names:
             raise UsageError(f"{file} takes no label: leave --to out")
         if words == [EACH] and EACH not in self.names:

@@ -239,6 +239,8 @@ def test_labels_of_attributes_and_of_files_that_do_not_name_them(tmp_path: Path)
     known = Labels(("Black_Hair", "Blond_Hair", "Young"), True, classes=False)
     assert known.numbers(["Young", "Blond_Hair"], tmp_path) == [0.0, 1.0, 1.0]
     assert known.numbers("Young", tmp_path) == [0.0, 0.0, 1.0]
+    assert known.numbers("Young+Blond_Hair", tmp_path) == [0.0, 1.0, 1.0]
+    assert Labels(("a+b", "a", "b"), True, True).numbers("a+b", tmp_path) == [1.0, 0.0, 0.0]
     with pytest.raises(UsageError, match="does not name its labels: give --label and 3 numbers"):
         Labels(("1", "2", "3")).numbers("Young", tmp_path)
     with pytest.raises(UsageError, match="takes no label: leave --to out"):
