@@ -259,7 +259,9 @@ def test_profiles_of_pillow_images(translate: fastgan.inference.Translator) -> N
     assert np.array_equal(np.asarray(out), translate(converted)) and not np.array_equal(
         np.asarray(out), plain
     )
-    assert out.info["icc_profile"] == srgb
+    # but for the second in which it was made
+    found = out.info["icc_profile"]
+    assert found[:24] + found[36:] == srgb[:24] + srgb[36:]
 
 
 def test_grey_stays_grey(tmp_path: Path) -> None:
