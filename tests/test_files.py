@@ -102,7 +102,8 @@ def test_colours_of_another_profile_become_srgb(tmp_path: Path) -> None:
         write_image(tmp_path / f"none{suffix}", narrow, quality=100)
         tagged, plain = (read_picture(tmp_path / f"{name}{suffix}") for name in ("8", "none"))
         # the tag says what the values are now, so that a viewer does not convert them again
-        assert tagged.profile == bytes(imagecodecs.cms_profile("srgb")) and plain.profile is None
+        srgb = bytes(imagecodecs.cms_profile("srgb"))
+        assert tagged.profile == srgb[:24] + bytes(12) + srgb[36:] and plain.profile is None
         # Adobe RGB's colours are stronger than the same numbers in sRGB
         assert tagged.images[0].std() > plain.images[0].std() + 1
 
