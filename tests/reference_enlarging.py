@@ -201,9 +201,16 @@ class ReferenceStyle:
     places = {"1_1": 1, "2_1": 6, "3_1": 11, "4_1": 20, "4_2": 22, "5_1": 29}  # of the ReLUs
 
     def __init__(
-        self, vgg: nn.Sequential, content: Tensor, style: Tensor, alpha: float, beta: float, smooth: float
+        self,
+        vgg: nn.Sequential,
+        content: Tensor,
+        style: Tensor,
+        alpha: float,
+        beta: float,
+        smooth: float,
+        paper: bool = False,
     ) -> None:
-        self.smooth = smooth
+        self.smooth, self.paper = smooth, paper
         pooled = [nn.AvgPool2d(2, 2) if isinstance(layer, nn.MaxPool2d) else layer for layer in vgg]
         self.vgg, self.alpha, self.beta = nn.Sequential(*pooled[:30]), alpha, beta
         self.content, self.style = self.features(content), self.features(style)
@@ -230,8 +237,9 @@ class ReferenceStyle:
             difference = self.gram(mine[name] / self.size[name]) - self.gram(
                 self.style[name] / self.size[name]
             )
-            style = style + (difference**2).sum() / n**4
-        found = {"content": self.alpha * (gap**2).mean(), "style": self.beta * style}
+            style = style + (difference**2).sum() / (n**2 * 4 * 5 if self.paper else n**4)
+        distance = (gap**2).sum() / 2 if self.paper else (gap**2).mean()
+        found = {"content": self.alpha * distance, "style": self.beta * style}
         if self.smooth:
             found["smooth"] = self.smooth * sum(
                 ((x - x.roll(1, k)).narrow(k, 1, x.shape[k] - 1) ** 2).mean() for k in (2, 3)

@@ -46,12 +46,13 @@ def started(**settings: Any) -> tuple[Style, dict[str, Tensor], ReferenceStyle]:
     vgg.load_state_dict({key: own.get(key, value) for key, value in vgg.state_dict().items()})
     c = recipe.config
     weights = c.lambda_content, c.lambda_style, c.lambda_smooth
-    return recipe, images, ReferenceStyle(vgg, images["A"], images["B"], *weights)
+    return recipe, images, ReferenceStyle(vgg, images["A"], images["B"], *weights, c.weighting == "paper")
 
 
-def test_the_loss_is_the_reference():
+@pytest.mark.parametrize("weighting", ["code", "paper"])
+def test_the_loss_is_the_reference(weighting):
     recipe, images, twin = started(
-        lambda_content=2.0, lambda_style=30.0, lambda_smooth=3.0, start_from="noise"
+        lambda_content=2.0, lambda_style=30.0, lambda_smooth=3.0, start_from="noise", weighting=weighting
     )
     nets = recipe.networks(3, 3)
     fakes = recipe.translate(nets, images)

@@ -36,15 +36,17 @@ class StyleDistance(nn.Module):
     Args:
         vgg: with the layers (CONTENT, *STYLE).
         content, style: (1, C, H, W), sizes may differ.
+        sums: the content as half the sum of squares, as in the paper; False: as the mean, and each layer of
+            the style over its squared number of channels, as in the first author's code.
     """
 
     content: Tensor
     scales: Tensor
 
     @torch.no_grad()
-    def __init__(self, vgg: VGGFeatures, content: Tensor, style: Tensor) -> None:
+    def __init__(self, vgg: VGGFeatures, content: Tensor, style: Tensor, *, sums: bool = False) -> None:
         super().__init__()
-        self.vgg = vgg
+        self.vgg, self.sums = vgg, sums
         found = list(zip(vgg(content), vgg(style)))
         means = [(a.mean() + b.mean()) / 2 for a, b in found]
         self.register_buffer("scales", 1 / torch.stack(means).clamp_min(1e-6))
@@ -53,11 +55,14 @@ class StyleDistance(nn.Module):
             self.register_buffer(f"gram{k}", losses.gram(of_style * self.scales[k]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, C, H, W) to the mean squared difference of the content's features, and the sum over the style's
-        layers of the mean squared difference of Gram matrices over the squared number of channels."""
+        """(1, C, H, W) to the distance from the content, of features, and from the style, of Gram matrices, a
+        fifth for each layer of the paper's."""
         of_content, *of_style = (features * scale for features, scale in zip(self.vgg(x), self.scales))
         style = x.new_zeros(())
         for k, features in enumerate(of_style, 1):
             wanted: Tensor = getattr(self, f"gram{k}")
-            style = style + losses.mse(losses.gram(features), wanted) / len(wanted[0]) ** 2
-        return losses.mse(of_content, self.content), style
+            # the paper's 1 / (4 N^2 M^2), of Gram matrices that are sums over M positions
+            share = 4 * len(STYLE) if self.sums else len(wanted[0]) ** 2
+            style = style + losses.mse(losses.gram(features), wanted) / share
+        content = losses.mse(of_content, self.content)
+        return content * (of_content.numel() / 2 if self.sums else 1), style

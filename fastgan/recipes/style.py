@@ -3,10 +3,10 @@ another; found by gradient descent on its pixels, what the networks of the other
 
 No generator is trained: a run is a picture, `picture.png` in its folder. Content is relu4_2 of VGG19, style
 the Gram matrices of relu1_1 to relu5_1, pooling takes averages, and L-BFGS without a line search does one
-iteration a step. The paper's sums weigh content by the size of the picture; here both are means, weighted
-as in the first author's code: 1 for the content, 1e3 over the squared number of channels for each layer of
-the style (1 : 1e3 and 1 : 1e4 are the paper's ratios). Without `--content` and `--style` two digits and
-random features (Ustyuzhaninov et al. 2016, arXiv 1606.00021) show that it runs.
+iteration a step. By default both distances are means, weighted as in the first author's code: 1 for the
+content, 1e3 over the squared number of channels for each layer of the style. The preset `paper` has its sums,
+a fifth a layer and 1e-3 for the content, which then weighs more in a larger picture. Without `--content` and
+`--style` two digits and random features (Ustyuzhaninov et al. 2016, arXiv 1606.00021) show that it runs.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class StyleConfig(settings.Config):
     style: Path | None = None  # image whose style it gets; default: an embedded digit
     vgg: Path | None = None  # torchvision's weights of VGG19, vgg19-dcbb9e9d.pth
     start_from: Literal["content", "noise"] = "content"  # picture before the first step
+    weighting: Literal["code", "paper"] = "code"  # means, or the paper's sums: content grows with the picture
     lambda_content: float = 1.0  # weight of the content
     lambda_style: float = 1e3  # weight of the style
     lambda_smooth: float = 0.0  # weight of the squared differences of neighbouring pixels; not in the paper
@@ -97,6 +98,11 @@ class Style:
     directions: ClassVar[dict[str, Direction]] = {"AtoB": Direction("G", "A", "B")}
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {"log_every": 10, "sample_every": 50, "save_every": 100},
+        # alpha / beta of the paper's first figures
+        "paper": {
+            "weighting": "paper", "lambda_content": 1e-3, "lambda_style": 1.0, "start_from": "noise",
+            "log_every": 10, "sample_every": 50, "save_every": 100,
+        },
         "digits": {
             "ngf": 32, "lambda_style": 30.0, "lambda_smooth": 2.0, "epochs": 60, "log_every": 10,
             "sample_every": 20, "save_every": 20,
@@ -124,7 +130,8 @@ class Style:
                 vgg = VGGFeatures.load(state, taps, pooling="average", output=c.output)
             except ValueError as error:
                 raise UsageError(f"--vgg {c.vgg}: {error}") from error
-        self._distance = StyleDistance(vgg.to(content.dtype), content, style)
+        sums = c.weighting == "paper"
+        self._distance = StyleDistance(vgg.to(content.dtype), content, style, sums=sums)
         self._start = content[0]
         if c.start_from == "noise":
             noise = torch.randn(self._start.shape, generator=torch.Generator().manual_seed(c.seed))
