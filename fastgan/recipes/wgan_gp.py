@@ -35,8 +35,8 @@ class WGANGP(NoiseRecipe):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "default": {},
         "digits": {
-            "ngf": 16, "ndf": 16, "noise_size": 64, "norm_d": "none", "lr": 1e-3, "n_critic": 3, "ema": 0.98,
-            "batch_size": 32, "epochs": 120, "load_size": 32, "crop_size": 32, "log_every": 50,
-            "sample_every": 300, "save_every": 300,
+            "ngf": 16, "ndf": 16, "noise_size": 64, "norm_d": "none", "lr": 1e-3, "n_critic": 3, "ema": 0.99,
+            "batch_size": 32, "epochs": 100, "epochs_decay": 60, "lr_policy": "linear", "load_size": 32,
+            "crop_size": 32, "log_every": 50, "sample_every": 300, "save_every": 300,
         },
     }  # fmt: skip
