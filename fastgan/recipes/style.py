@@ -171,4 +171,4 @@ class Style:
 
     def discriminator_loss(self, nets: Nets, batch: Batch, fakes: Batch) -> tuple[Tensor, Terms]:
         """There is none."""
-        raise NotImplementedError("style has no discriminator")
+        raise ValueError("style has no discriminator")
