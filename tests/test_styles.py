@@ -17,6 +17,7 @@ from fastgan.data.digits import make_digits
 from fastgan.gallery.grid import KEYWORD
 from fastgan.measure import styles
 from fastgan.models.munit import MUNITTranslator
+from fastgan.recipes.munit import MUNIT, MUNITConfig
 from tests.run_cases import TINY, picture
 
 WORDS = "--blocks 1 --mlp-size 8 --steps 2 --max-images 20 --name r --sample-every 1"
@@ -39,6 +40,27 @@ def columns(path: Path) -> dict[str, np.ndarray]:
         tops = [top + k * about["pitch"] for k in range(count)]
         found[name] = np.stack([pixels[y : y + height, left : left + width] for y in tops])
     return found
+
+
+def test_a_translator_goes_its_way() -> None:
+    recipe = MUNIT(MUNITConfig(ngf=2, ndf=2, blocks=1, mlp_size=4, levels_d=1, scales=1))
+    nets = recipe.networks(1, 3)
+    batch = {"A": torch.rand(2, 1, 16, 16), "B": torch.rand(2, 3, 16, 16)}
+    batch |= {name: torch.randn(2, numbers) for name, numbers in recipe.noise.items()}
+    with torch.no_grad():
+        fakes = recipe.translate(nets, batch)
+        for way in recipe.directions.values():
+            net = recipe.translator(nets, way)
+            for k in range(2):
+                net.style = batch[f"style_{way.target}"][k]
+                assert_close(net(batch[way.source][k : k + 1]), fakes[way.target][k : k + 1])
+
+
+@pytest.mark.parametrize("inside", [{"x": 1}, {"x": {"y": torch.zeros(1)}}, {"x": "os.system"}])
+def test_a_nested_file_of_other_things_is_refused(inside: dict[str, object], tmp_path: Path) -> None:
+    torch.save({"a": inside, "b": {"x": torch.zeros(1)}}, tmp_path / "gen_1.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="not the state dict of one network"):
+        checkpoint.read_weights(tmp_path / "gen_1.pt")
 
 
 def test_sample_pictures_have_a_column_for_each_style(run: Path) -> None:
